@@ -1,0 +1,7 @@
+//! qcow2 images, with their whole backing chain, as block devices.
+
+pub mod block;
+pub mod error;
+pub mod runtime;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,364 @@
+//! Tasks, operations in flight and the ring of one thread.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::os::fd::RawFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Waker};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::wake::{Remote, TaskWaker};
+
+/// Files a ring can have registered: the device and a chain of 64 layers.
+const FILE_SLOTS: u32 = 80;
+/// The task id of the future given to `block_on`.
+const MAIN: u32 = 0;
+/// `user_data` of the standing eventfd poll, and of what nobody waits for.
+const WAKE_EVENT: u64 = u64::MAX;
+const NOBODY: u64 = u64::MAX - 1;
+
+type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
+
+struct Task {
+    /// Absent while it is being polled, and in free slots.
+    future: Option<LocalFuture>,
+    waker: Arc<TaskWaker>,
+    std_waker: Waker,
+    live: bool,
+}
+
+#[derive(Clone, Copy)]
+enum OpState {
+    Free,
+    /// In the ring; the task to poll when it completes.
+    Waiting {
+        task: u32,
+    },
+    /// Completed with this result, not yet taken.
+    Done {
+        result: i32,
+    },
+}
+
+pub(super) struct Reactor {
+    ring: RefCell<Option<IoUring>>,
+    ops: RefCell<Vec<OpState>>,
+    free_ops: RefCell<Vec<u32>>,
+    tasks: RefCell<Vec<Task>>,
+    free_tasks: RefCell<Vec<u32>>,
+    ready: RefCell<VecDeque<u32>>,
+    current: Cell<u32>,
+    remote: Arc<Remote>,
+    /// Raw file descriptor -> slot in the ring's file table, plus one.
+    registered: RefCell<Vec<u32>>,
+    next_slot: Cell<u32>,
+    event_armed: Cell<bool>,
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        // Tasks own operations, whose drop waits for the ring: they go first.
+        let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
+        drop(tasks);
+    }
+}
+
+impl Reactor {
+    pub(super) fn inline() -> io::Result<Self> {
+        Self::new(None)
+    }
+
+    pub(super) fn with_ring(entries: u32) -> io::Result<Self> {
+        // SINGLE_ISSUER | DEFER_TASKRUN since 6.1: completions are run in our
+        // own io_uring_enter, not by interrupting the thread.
+        let build = |defer: bool| {
+            let mut builder = IoUring::builder();
+            builder.setup_cqsize(entries.max(8) * 4).setup_clamp();
+            if defer {
+                builder
+                    .setup_single_issuer()
+                    .setup_defer_taskrun()
+                    .setup_submit_all();
+            }
+            builder.build(entries.max(8))
+        };
+        let ring = build(true).or_else(|_| build(false))?;
+        ring.submitter().register_files_sparse(FILE_SLOTS)?;
+        Self::new(Some(ring))
+    }
+
+    fn new(ring: Option<IoUring>) -> io::Result<Self> {
+        let reactor = Self {
+            ring: RefCell::new(ring),
+            ops: RefCell::default(),
+            free_ops: RefCell::default(),
+            tasks: RefCell::default(),
+            free_tasks: RefCell::default(),
+            ready: RefCell::default(),
+            current: Cell::new(MAIN),
+            remote: Arc::new(Remote::new()?),
+            registered: RefCell::default(),
+            next_slot: Cell::new(0),
+            event_armed: Cell::new(false),
+        };
+        reactor.new_task(None); // MAIN
+        Ok(reactor)
+    }
+
+    pub(super) fn has_ring(&self) -> bool {
+        self.ring.borrow().is_some()
+    }
+
+    // --- tasks ---
+
+    fn new_task(&self, future: Option<LocalFuture>) -> u32 {
+        let reused = self.free_tasks.borrow_mut().pop();
+        let mut tasks = self.tasks.borrow_mut();
+        let id = reused.unwrap_or(tasks.len() as u32);
+        let waker = Arc::new(TaskWaker {
+            remote: Arc::clone(&self.remote),
+            task: id,
+            queued: AtomicBool::new(false),
+        });
+        let task = Task {
+            future,
+            std_waker: Waker::from(Arc::clone(&waker)),
+            waker,
+            live: true,
+        };
+        match tasks.get_mut(id as usize) {
+            Some(slot) => *slot = task,
+            None => tasks.push(task),
+        }
+        id
+    }
+
+    pub(super) fn spawn(&self, future: LocalFuture) {
+        let id = self.new_task(Some(future));
+        self.ready.borrow_mut().push_back(id);
+    }
+
+    /// Polls ready tasks and the main future until the latter is complete.
+    pub(super) fn run<T>(&self, mut poll_main: impl FnMut(&mut Context<'_>) -> Option<T>) -> T {
+        self.ready.borrow_mut().push_back(MAIN);
+        loop {
+            self.remote
+                .drain(|task| self.ready.borrow_mut().push_back(task));
+            // One round: what becomes ready meanwhile waits for the next, so
+            // that a busy task cannot keep the ring from being entered.
+            let round = self.ready.borrow().len();
+            for _ in 0..round {
+                let Some(id) = self.ready.borrow_mut().pop_front() else {
+                    break;
+                };
+                if let Some(output) = self.poll_task(id, &mut poll_main) {
+                    return output;
+                }
+            }
+            let idle = self.ready.borrow().is_empty();
+            self.turn(idle);
+        }
+    }
+
+    fn poll_task<T>(
+        &self,
+        id: u32,
+        poll_main: &mut impl FnMut(&mut Context<'_>) -> Option<T>,
+    ) -> Option<T> {
+        let (future, waker) = {
+            let mut tasks = self.tasks.borrow_mut();
+            let task = &mut tasks[id as usize];
+            if !task.live {
+                return None;
+            }
+            task.waker.queued.store(false, Ordering::Release);
+            (task.future.take(), task.std_waker.clone())
+        };
+        let outer = self.current.replace(id);
+        let mut context = Context::from_waker(&waker);
+        let output = if id == MAIN {
+            poll_main(&mut context)
+        } else {
+            if let Some(mut future) = future {
+                if future.as_mut().poll(&mut context).is_ready() {
+                    drop(future);
+                    self.tasks.borrow_mut()[id as usize].live = false;
+                    self.free_tasks.borrow_mut().push(id);
+                } else {
+                    self.tasks.borrow_mut()[id as usize].future = Some(future);
+                }
+            }
+            None
+        };
+        self.current.set(outer);
+        output
+    }
+
+    // --- the ring ---
+
+    /// Submits what is queued and reaps what is complete; sleeps when `idle`
+    /// until something completes or another thread wakes us.
+    fn turn(&self, idle: bool) {
+        let mut guard = self.ring.borrow_mut();
+        let Some(ring) = guard.as_mut() else {
+            if idle && self.remote.sleep() {
+                self.remote.wait_for_signal();
+                self.remote.awake();
+            }
+            return;
+        };
+        if !self.event_armed.replace(true) {
+            let poll = opcode::PollAdd::new(types::Fd(self.remote.event_fd()), libc::POLLIN as u32)
+                .build()
+                .user_data(WAKE_EVENT);
+            Self::push(ring, &poll);
+        }
+        let sleep = idle && ring.completion().is_empty() && self.remote.sleep();
+        let wanted = usize::from(sleep);
+        // Errors: EINTR and EBUSY (completion queue full) mean "reap, then try
+        // again", which the caller's loop does. Anything else would be a
+        // broken ring; entries stay queued and the loop retries.
+        let _ = ring.submit_and_wait(wanted);
+        if sleep {
+            self.remote.awake();
+        }
+        self.reap(ring);
+    }
+
+    fn reap(&self, ring: &mut IoUring) {
+        let mut ready = self.ready.borrow_mut();
+        let mut ops = self.ops.borrow_mut();
+        for completion in ring.completion() {
+            match completion.user_data() {
+                WAKE_EVENT => {
+                    self.event_armed.set(false);
+                    self.remote.wait_for_signal();
+                }
+                NOBODY => {}
+                slot => {
+                    let slot = &mut ops[slot as usize];
+                    if let OpState::Waiting { task } = *slot {
+                        ready.push_back(task);
+                    }
+                    *slot = OpState::Done {
+                        result: completion.result(),
+                    };
+                }
+            }
+        }
+    }
+
+    fn push(ring: &mut IoUring, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: whoever made the entry keeps its buffers alive until the
+            // completion: `Op` waits for it when dropped.
+            if unsafe { ring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            // Full: hand it to the kernel. EBUSY and EINTR pass.
+            let _ = ring.submit();
+        }
+    }
+
+    /// Queues an operation for the current task; its slot.
+    pub(super) fn start(&self, entry: squeue::Entry) -> u32 {
+        let slot = {
+            let mut ops = self.ops.borrow_mut();
+            let state = OpState::Waiting {
+                task: self.current.get(),
+            };
+            if let Some(slot) = self.free_ops.borrow_mut().pop() {
+                ops[slot as usize] = state;
+                slot
+            } else {
+                ops.push(state);
+                ops.len() as u32 - 1
+            }
+        };
+        let mut ring = self.ring.borrow_mut();
+        let ring = ring.as_mut().expect("operations start only on a ring");
+        Self::push(ring, &entry.user_data(u64::from(slot)));
+        slot
+    }
+
+    /// The result of a complete operation, whose slot becomes free; else the
+    /// current task is the one to poll.
+    pub(super) fn take(&self, slot: u32) -> Option<i32> {
+        let mut ops = self.ops.borrow_mut();
+        match ops[slot as usize] {
+            OpState::Done { result } => {
+                ops[slot as usize] = OpState::Free;
+                self.free_ops.borrow_mut().push(slot);
+                Some(result)
+            }
+            OpState::Waiting { .. } => {
+                ops[slot as usize] = OpState::Waiting {
+                    task: self.current.get(),
+                };
+                None
+            }
+            OpState::Free => unreachable!("an operation taken twice"),
+        }
+    }
+
+    /// Cancels an operation and waits until the kernel is done with its
+    /// buffers.
+    pub(super) fn abandon(&self, slot: u32) {
+        let mut guard = self.ring.borrow_mut();
+        let Some(ring) = guard.as_mut() else { return };
+        let done =
+            |reactor: &Self| matches!(reactor.ops.borrow()[slot as usize], OpState::Done { .. });
+        if !done(self) {
+            let cancel = opcode::AsyncCancel::new(u64::from(slot))
+                .build()
+                .user_data(NOBODY);
+            Self::push(ring, &cancel);
+            while !done(self) {
+                let _ = ring.submit_and_wait(1);
+                self.reap(ring);
+            }
+        }
+        drop(guard);
+        self.take(slot);
+    }
+
+    // --- registration ---
+
+    /// The ring's slot for a file, when it is registered.
+    pub(super) fn file_slot(&self, fd: RawFd) -> Option<u32> {
+        let registered = self.registered.borrow();
+        let slot = *registered.get(usize::try_from(fd).ok()?)?;
+        slot.checked_sub(1)
+    }
+
+    pub(super) fn register_file(&self, fd: RawFd) -> io::Result<()> {
+        let guard = self.ring.borrow();
+        let (Some(ring), Ok(index)) = (guard.as_ref(), usize::try_from(fd)) else {
+            return Ok(());
+        };
+        if self.file_slot(fd).is_some() || self.next_slot.get() == FILE_SLOTS {
+            return Ok(());
+        }
+        let slot = self.next_slot.get();
+        ring.submitter().register_files_update(slot, &[fd])?;
+        self.next_slot.set(slot + 1);
+        let mut registered = self.registered.borrow_mut();
+        if registered.len() <= index {
+            registered.resize(index + 1, 0);
+        }
+        registered[index] = slot + 1;
+        Ok(())
+    }
+
+    pub(super) fn register_buffer_slots(&self, count: u32) -> io::Result<()> {
+        match self.ring.borrow().as_ref() {
+            Some(ring) => ring.submitter().register_buffers_sparse(count),
+            None => Ok(()),
+        }
+    }
+}
