@@ -138,7 +138,7 @@ build_base() {
     mv "$file.new" "$file"
     rm -rf "$root"
     # What no run has used for a while.
-    find "$cache" -maxdepth 1 -name 'base-*.cpio' -mtime +3 -delete
+    find "$cache" -maxdepth 1 -name 'base-*.cpio' -mmin +600 -delete
 }
 
 # base_archive KERNEL_TREE: the base archive's path, built if need be.

@@ -55,10 +55,14 @@ fetch_kernel() {
         rm "$package"
     done
     release=$(tidy_kernel "$tree/tree")
-    rm -rf "$cache/linux-$release"
-    mv "$tree/tree" "$cache/linux-$release"
+    # Another run may be using the same one already.
+    if [[ ! -e $cache/linux-$release/kernel ]]; then
+        rm -rf "$cache/linux-$release"
+        mv "$tree/tree" "$cache/linux-$release"
+    fi
     rm -rf "$tree" "$apt"
-    ln -sfn "linux-$release" "$cache/kernel-$name"
+    ln -sfn "linux-$release" "$cache/link-$name"
+    mv -T "$cache/link-$name" "$cache/kernel-$name"
 }
 
 newest_version() {
@@ -71,7 +75,7 @@ newest_version() {
     printf '%s\n' "$best"
 }
 
-# Bring the layouts of different releases into one: vmlinuz at the top,
+# Bring the layouts of different releases into one: the kernel at the top,
 # lib/modules/RELEASE below; prints RELEASE.
 tidy_kernel() {
     local tree=$1 release image
@@ -82,19 +86,40 @@ tidy_kernel() {
     release=$(basename "$tree"/lib/modules/*)
     image=$(compgen -G "$tree/boot/vmlinuz-*" || compgen -G "$tree/lib/modules/$release/vmlinuz*") ||
         die 125 "no vmlinuz in the kernel packages"
-    mv "$image" "$tree/vmlinuz"
-    rm -rf "${tree:?}"/{usr,boot}
+    if ! grep -qs '^CONFIG_PVH=y' "$tree"/boot/config-* "$tree/lib/modules/$release/config" ||
+        ! unpack_vmlinuz "$image" "$tree/kernel"; then
+        mv "$image" "$tree/kernel"
+    fi
+    rm -rf "${tree:?}"/{usr,boot} "$tree/lib/modules/$release"/{vmlinuz*,System.map}
     depmod -b "$tree" "$release"
     printf '%s\n' "$release"
 }
 
-# kernel_tree NAME: the unpacked kernel's directory, fetched if need be.
+# unpack_vmlinuz IMAGE FILE: the ELF kernel inside, which QEMU can start
+# directly: to unpack it in the guest costs more than a second of every boot.
+unpack_vmlinuz() {
+    local magic offset tool
+    local -A tools=(['\x28\xb5\x2f\xfd']='zstd -qdc' ['\xfd7zXZ\x00']='xz -qdc' ['\x1f\x8b\x08']='gzip -qdc')
+    for magic in "${!tools[@]}"; do
+        read -ra tool <<<"${tools[$magic]}"
+        for offset in $(LC_ALL=C grep -aobP "$magic" "$1" | cut -d : -f 1 | head -n 4); do
+            # What follows the archive makes the tools fail after all is done.
+            tail -c +$((offset + 1)) "$1" | "${tool[@]}" >"$2" 2>/dev/null || true
+            [[ $(head -c 4 "$2" | tail -c 3) != ELF ]] || return 0
+        done
+    done
+    rm -f "$2"
+    return 1
+}
+
+# kernel_tree NAME [UPDATE]: the unpacked kernel's directory, fetched if need be,
+# or if UPDATE is not empty.
 kernel_tree() {
-    local link=$cache/kernel-$1
-    if [[ ! -e $link/vmlinuz ]]; then
+    local link=$cache/kernel-$1 update=${2:-}
+    if [[ -n $update || ! -e $link/kernel ]]; then
         (
             flock 9
-            [[ -e $link/vmlinuz ]] || fetch_kernel "$1"
+            [[ -z $update && -e $link/kernel ]] || fetch_kernel "$1"
         ) 9>"$cache/kernel.lock"
     fi
     readlink -f "$link"
