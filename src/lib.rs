@@ -1,7 +1,9 @@
 //! qcow2 images, with their whole backing chain, as block devices.
 
 pub mod block;
+pub mod codec;
 pub mod error;
+pub mod qcow2;
 pub mod runtime;
 
 pub use error::{Error, ErrorKind, Result};

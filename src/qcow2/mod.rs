@@ -1,0 +1,3 @@
+//! The qcow2 format.
+
+pub mod spec;

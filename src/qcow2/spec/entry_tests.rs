@@ -1,0 +1,213 @@
+//! Every rule about table entries, and every rule's breach.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const V3: Geometry = Geometry {
+    cluster_bits: 16,
+    refcount_order: 4,
+    version: 3,
+    extended_l2: false,
+};
+const V2: Geometry = Geometry { version: 2, ..V3 };
+const EXTENDED: Geometry = Geometry {
+    extended_l2: true,
+    ..V3
+};
+
+#[test]
+fn l1_entries() {
+    let table = |offset, copied| {
+        Ok(L1Entry::Table {
+            offset: HostOffset(offset),
+            copied,
+        })
+    };
+    let cases = [
+        (0, Ok(L1Entry::Unallocated)),
+        (0x5_0000, table(0x5_0000, false)),
+        (0x8000_0000_0005_0000, table(0x5_0000, true)),
+        (0x00ff_ffff_ffff_0000, table(0x00ff_ffff_ffff_0000, false)),
+        (0x5_0001, Err(BadEntry::ReservedBits(1))),
+        (0x5_0100, Err(BadEntry::ReservedBits(0x100))),
+        (1 << 56, Err(BadEntry::ReservedBits(1 << 56))),
+        (1 << 62 | 0x5_0000, Err(BadEntry::ReservedBits(1 << 62))),
+        (0x5_0200, Err(BadEntry::Misaligned(HostOffset(0x5_0200)))),
+        (COPIED, Err(BadEntry::InHeader)),
+    ];
+    for (raw, expected) in cases {
+        assert_eq!(L1Entry::decode(raw, &V3), expected, "{raw:#x}");
+    }
+}
+
+#[test]
+fn l2_entries() {
+    let host = HostOffset(0x5_0000);
+    let copied = true;
+    let cases = [
+        (0, V3, Ok(L2Entry::Unallocated)),
+        (1, V3, Ok(L2Entry::Zero)),
+        (1, V2, Err(BadEntry::ZeroFlagInV2)),
+        (0x5_0001, V2, Err(BadEntry::ZeroFlagInV2)),
+        (1, EXTENDED, Err(BadEntry::ReservedBits(1))),
+        (COPIED | 0x5_0000, V2, Ok(L2Entry::Data { host, copied })),
+        (
+            COPIED | 0x5_0000,
+            EXTENDED,
+            Ok(L2Entry::Data { host, copied }),
+        ),
+        (
+            0x5_0000,
+            V3,
+            Ok(L2Entry::Data {
+                host,
+                copied: false,
+            }),
+        ),
+        (
+            COPIED | 0x5_0001,
+            V3,
+            Ok(L2Entry::ZeroAllocated { host, copied }),
+        ),
+        (0x5_0002, V3, Err(BadEntry::ReservedBits(2))),
+        (1 << 61 | 0x5_0000, V3, Err(BadEntry::ReservedBits(1 << 61))),
+        (1 << 56 | 0x5_0000, V3, Err(BadEntry::ReservedBits(1 << 56))),
+        (
+            0x5_8000,
+            V3,
+            Err(BadEntry::Misaligned(HostOffset(0x5_8000))),
+        ),
+        (COPIED, V3, Err(BadEntry::InHeader)),
+        (COPIED | 1, V3, Err(BadEntry::InHeader)),
+        (
+            COMPRESSED | COPIED | 0x5_0000,
+            V3,
+            Err(BadEntry::CopiedCompressed),
+        ),
+        (COMPRESSED, V3, Err(BadEntry::InHeader)),
+        (COMPRESSED | 0xffff, V3, Err(BadEntry::InHeader)),
+    ];
+    for (raw, geometry, expected) in cases {
+        assert_eq!(L2Entry::decode(raw, &geometry), expected, "{raw:#x}");
+    }
+}
+
+#[test]
+fn offset_zero_is_data_only_in_an_external_file() {
+    let host = HostOffset(0);
+    let copied = true;
+    let decode = |raw| L2Entry::decode_external(raw, &V3);
+    assert_eq!(decode(COPIED), Ok(L2Entry::Data { host, copied }));
+    assert_eq!(
+        decode(COPIED | 1),
+        Ok(L2Entry::ZeroAllocated { host, copied })
+    );
+    assert_eq!(decode(COPIED | 2), Err(BadEntry::ReservedBits(2)));
+    assert_eq!(decode(0), Ok(L2Entry::Unallocated));
+    assert_eq!(decode(1), Ok(L2Entry::Zero));
+}
+
+#[test]
+fn compressed_descriptor() {
+    // 64 KiB clusters: x = 54; one additional sector, offset 0x50010.
+    let raw = COMPRESSED | 1 << 54 | 0x5_0010;
+    let Ok(L2Entry::Compressed(range)) = L2Entry::decode(raw, &V3) else {
+        panic!("not compressed");
+    };
+    assert_eq!(range.offset, HostOffset(0x5_0010));
+    assert_eq!(range.max_len, 1024 - 16);
+    assert_eq!(range.clusters_touched(&V3), 5..=5);
+    assert_eq!(L2Entry::Compressed(range).encode(&V3), raw);
+
+    // 512-byte clusters: x = 61, so that the offset could have 61 bits.
+    let tiny = Geometry {
+        cluster_bits: 9,
+        ..V3
+    };
+    let far = L2Entry::decode(COMPRESSED | 1 << 56 | 512, &tiny);
+    assert_eq!(far, Err(BadEntry::TooFar(HostOffset(1 << 56 | 512))));
+    assert!(CompressedRange::new(HostOffset(1 << 56), 1, &tiny).is_none());
+    // 2 MiB clusters: only 49 bits of offset.
+    let huge = Geometry {
+        cluster_bits: 21,
+        ..V3
+    };
+    assert!(CompressedRange::new(HostOffset(1 << 49), 1, &huge).is_none());
+    assert!(CompressedRange::new(HostOffset((1 << 49) - 1), 1, &huge).is_some());
+}
+
+/// A range that ends with a cluster used to be charged to the next cluster
+/// too (or, cut one sector early, to one too few).
+#[test]
+fn clusters_touched_at_boundaries() {
+    let touched = |offset, len| {
+        CompressedRange::new(HostOffset(offset), len, &V3)
+            .unwrap()
+            .clusters_touched(&V3)
+    };
+    assert_eq!(touched(0x1_0000, 0x1_0000), 1..=1);
+    assert_eq!(touched(0x1_0000, 0xfe01), 1..=1);
+    assert_eq!(touched(0x1_fe00, 0x200), 1..=1);
+    assert_eq!(touched(0x1_ffff, 1), 1..=1);
+    assert_eq!(touched(0x1_ffff, 2), 1..=2);
+    assert_eq!(touched(0x1_fff0, 0x10), 1..=1);
+    assert_eq!(touched(0x1_fff0, 0x1_0010), 1..=2);
+    assert_eq!(touched(0x1_fff0, 0x1_0011), 1..=3);
+}
+
+fn geometries() -> impl Strategy<Value = Geometry> {
+    (9u32..=21, 2u8..=3, any::<bool>()).prop_map(|(cluster_bits, version, extended)| Geometry {
+        cluster_bits,
+        refcount_order: 4,
+        version,
+        extended_l2: extended && version == 3 && cluster_bits >= 14,
+    })
+}
+
+proptest! {
+    #[test]
+    fn what_decodes_encodes_back(raw: u64, geometry in geometries()) {
+        // Random numbers are mostly refused: also try them made plausible.
+        let aligned = raw & OFFSET >> geometry.cluster_bits << geometry.cluster_bits;
+        let plausible = [
+            raw,
+            aligned,
+            aligned | COPIED,
+            aligned | ZERO,
+            aligned | COPIED | ZERO,
+            raw & (COMPRESSED - 1) & !(0x3f << 56) | COMPRESSED,
+        ];
+        for raw in plausible {
+            if let Ok(entry) = L1Entry::decode(raw, &geometry) {
+                prop_assert_eq!(entry.encode(&geometry), raw);
+            }
+            for entry in [L2Entry::decode(raw, &geometry), L2Entry::decode_external(raw, &geometry)].into_iter().flatten() {
+                prop_assert_eq!(entry.encode(&geometry), raw);
+                if let L2Entry::Compressed(range) = entry {
+                    let end = range.offset.0 + range.max_len;
+                    prop_assert_eq!(end % 512, 0);
+                    prop_assert!(range.max_len <= 2 * geometry.cluster_size());
+                    let clusters = range.clusters_touched(&geometry);
+                    prop_assert!(*clusters.end() << geometry.cluster_bits < end);
+                    prop_assert!((clusters.end() + 1) << geometry.cluster_bits >= end);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn compressed_ranges_hold_what_they_were_made_for(
+        geometry in geometries(), offset in 0u64..1 << 49, len in 0u64..1 << 22,
+    ) {
+        let offset = offset.max(geometry.cluster_size());
+        match CompressedRange::new(HostOffset(offset), len, &geometry) {
+            None => prop_assert!(len == 0 || len > geometry.cluster_size() || offset >= 1 << 49),
+            Some(range) => {
+                prop_assert!(range.max_len >= len && range.max_len < len + 512);
+                let raw = L2Entry::Compressed(range).encode(&geometry);
+                prop_assert_eq!(L2Entry::decode(raw, &geometry), Ok(L2Entry::Compressed(range)));
+            }
+        }
+    }
+}
