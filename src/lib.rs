@@ -5,5 +5,6 @@ pub mod codec;
 pub mod error;
 pub mod qcow2;
 pub mod runtime;
+pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};

@@ -17,6 +17,7 @@ pub mod payload;
 pub mod pool;
 mod reactor;
 pub mod sync;
+pub mod sys;
 mod wake;
 
 use std::cell::RefCell;
@@ -89,6 +90,9 @@ impl Runtime {
 
     /// Registers a file with the ring, so that operations on it skip the
     /// kernel's file table. Without effect on a runtime without ring.
+    ///
+    /// The ring keeps the file open. Whoever closes the descriptor calls
+    /// [`closing_file`] first.
     pub fn register_file(&self, fd: RawFd) -> io::Result<()> {
         self.reactor.register_file(fd)
     }
@@ -139,6 +143,14 @@ fn with_current<R>(f: impl FnOnce(&Rc<Reactor>) -> R) -> R {
 /// [`Runtime::register_file`].
 pub fn register_file(fd: RawFd) -> io::Result<()> {
     with_current(|reactor| reactor.register_file(fd))
+}
+
+/// Makes the rings of all threads forget a registered file; to be called
+/// before its descriptor is closed, for its number may be given to another
+/// file at once. Another thread's ring keeps the file itself open until that
+/// thread's next operation.
+pub fn closing_file(fd: RawFd) {
+    reactor::announce_close(fd);
 }
 
 /// Starts a task on the current thread's runtime.
@@ -276,6 +288,26 @@ mod tests {
                 assert_eq!(error.raw_os_error(), Some(libc::EBADF));
             });
         }
+    }
+
+    #[test]
+    fn a_reused_descriptor_is_another_file() {
+        use std::io::Read;
+
+        let runtime = Runtime::uring(8).unwrap();
+        let mut first = tempfile::tempfile().unwrap();
+        let second = tempfile::tempfile().unwrap();
+        let fd = nix::unistd::dup(&first).unwrap();
+        runtime.register_file(fd.as_raw_fd()).unwrap();
+        closing_file(fd.as_raw_fd());
+        let mut fd = fd;
+        nix::unistd::dup2(&second, &mut fd).unwrap();
+        runtime.block_on(async {
+            ops::write(fd.as_raw_fd(), b"new", 0).await.unwrap();
+        });
+        let mut bytes = Vec::new();
+        first.read_to_end(&mut bytes).unwrap();
+        assert!(bytes.is_empty());
     }
 
     #[test]

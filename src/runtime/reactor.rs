@@ -6,8 +6,8 @@ use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -21,6 +21,19 @@ const MAIN: u32 = 0;
 /// `user_data` of the standing eventfd poll, and of what nobody waits for.
 const WAKE_EVENT: u64 = u64::MAX;
 const NOBODY: u64 = u64::MAX - 1;
+
+/// Descriptors that were closed, in all threads: a ring goes on using the old
+/// file under a number that may mean another one by now.
+static CLOSED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+/// Its length: one load on the way to every operation, instead of a lock.
+static CLOSED_COUNT: AtomicUsize = AtomicUsize::new(0);
+
+/// Makes all rings forget a descriptor, before it is closed.
+pub(super) fn announce_close(fd: RawFd) {
+    let mut closed = CLOSED.lock().unwrap_or_else(PoisonError::into_inner);
+    closed.push(fd);
+    CLOSED_COUNT.store(closed.len(), Ordering::Release);
+}
 
 type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -56,7 +69,9 @@ pub(super) struct Reactor {
     remote: Arc<Remote>,
     /// Raw file descriptor -> slot in the ring's file table, plus one.
     registered: RefCell<Vec<u32>>,
-    next_slot: Cell<u32>,
+    free_slots: RefCell<Vec<u32>>,
+    /// How many of [`CLOSED`] this reactor has taken note of.
+    closed_seen: Cell<usize>,
     event_armed: Cell<bool>,
 }
 
@@ -103,7 +118,8 @@ impl Reactor {
             current: Cell::new(MAIN),
             remote: Arc::new(Remote::new()?),
             registered: RefCell::default(),
-            next_slot: Cell::new(0),
+            free_slots: RefCell::new((0..FILE_SLOTS).rev().collect()),
+            closed_seen: Cell::new(CLOSED_COUNT.load(Ordering::Acquire)),
             event_armed: Cell::new(false),
         };
         reactor.new_task(None); // MAIN
@@ -331,22 +347,48 @@ impl Reactor {
 
     /// The ring's slot for a file, when it is registered.
     pub(super) fn file_slot(&self, fd: RawFd) -> Option<u32> {
+        if CLOSED_COUNT.load(Ordering::Acquire) != self.closed_seen.get() {
+            self.forget_closed();
+        }
         let registered = self.registered.borrow();
         let slot = *registered.get(usize::try_from(fd).ok()?)?;
         slot.checked_sub(1)
     }
 
+    fn forget_closed(&self) {
+        let closed = CLOSED.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = self.closed_seen.replace(closed.len());
+        for &fd in &closed[seen..] {
+            let mut registered = self.registered.borrow_mut();
+            let slot = usize::try_from(fd).ok().and_then(|i| registered.get_mut(i));
+            let Some(slot) = slot.map(std::mem::take).and_then(|s| s.checked_sub(1)) else {
+                continue;
+            };
+            let ring = self.ring.borrow();
+            let ring = ring.as_ref().expect("files are registered with a ring");
+            // A slot that cannot be emptied is not used again.
+            if ring.submitter().register_files_update(slot, &[-1]).is_ok() {
+                self.free_slots.borrow_mut().push(slot);
+            }
+        }
+    }
+
     pub(super) fn register_file(&self, fd: RawFd) -> io::Result<()> {
-        let guard = self.ring.borrow();
-        let (Some(ring), Ok(index)) = (guard.as_ref(), usize::try_from(fd)) else {
-            return Ok(());
-        };
-        if self.file_slot(fd).is_some() || self.next_slot.get() == FILE_SLOTS {
+        if !self.has_ring() || self.file_slot(fd).is_some() {
             return Ok(());
         }
-        let slot = self.next_slot.get();
-        ring.submitter().register_files_update(slot, &[fd])?;
-        self.next_slot.set(slot + 1);
+        let Ok(index) = usize::try_from(fd) else {
+            return Ok(());
+        };
+        let Some(slot) = self.free_slots.borrow_mut().pop() else {
+            return Ok(());
+        };
+        let guard = self.ring.borrow();
+        let ring = guard.as_ref().expect("looked at above");
+        if let Err(e) = ring.submitter().register_files_update(slot, &[fd]) {
+            self.free_slots.borrow_mut().push(slot);
+            return Err(e);
+        }
         let mut registered = self.registered.borrow_mut();
         if registered.len() <= index {
             registered.resize(index + 1, 0);

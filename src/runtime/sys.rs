@@ -1,0 +1,48 @@
+//! Safe faces of the few system calls that have none.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// What direct I/O on a file needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectIo {
+    /// Alignment of buffers.
+    pub memory: u32,
+    /// Alignment of offsets and lengths.
+    pub offset: u32,
+}
+
+/// What the kernel says about direct I/O on `file` (Linux 6.1 and later).
+///
+/// `None` when the kernel or the file system does not say; alignments of zero
+/// mean that the file cannot do direct I/O.
+pub fn direct_io(file: &File) -> Option<DirectIo> {
+    // SAFETY: statx is plain integers, for which zeros are a valid value.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty C string, and a live structure that the call fills.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    (result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0).then_some(DirectIo {
+        memory: stat.stx_dio_mem_align,
+        offset: stat.stx_dio_offset_align,
+    })
+}
+
+/// The logical block size of a block device, in bytes.
+pub fn logical_block_size(device: &File) -> io::Result<u32> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: BLKSSZGET stores one int, into a live one.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::BLKSSZGET, &raw mut size) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    u32::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EIO))
+}

@@ -1,0 +1,1 @@
+//! The simulation keeps its own promises.

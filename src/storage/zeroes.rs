@@ -1,0 +1,116 @@
+//! Zeroing ranges and giving their space back.
+
+use super::Storage;
+use super::backend::Allocation;
+use crate::error::{Error, Result};
+use crate::runtime::Payload;
+
+/// How an allocation request ended that did not fail.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// Nothing was changed; bytes have to be written instead.
+    Refused,
+}
+
+impl Storage {
+    /// Makes the range read as zeros; the file grows as needed. With
+    /// `may_unmap` the space may be given back. For the neighbours of a range
+    /// that is not aligned, see [`Self::alignment`].
+    pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        let end = offset + len;
+        let (start, stop) = self.allocation_units(offset, end);
+        if start >= stop {
+            return self.store_zeros(offset, len).await;
+        }
+        self.store_zeros(offset, start - offset).await?;
+        if !may_unmap || !self.punch_and_grow(start, stop).await? {
+            match self
+                .allocate(Allocation::ZeroRange, start, stop - start)
+                .await?
+            {
+                Outcome::Done => self.grown_to(stop),
+                Outcome::Refused => self.store_zeros(start, stop - start).await?,
+            }
+        }
+        self.store_zeros(stop, end - stop).await
+    }
+
+    /// Gives the range's space back to the host. `true`: done, and it reads
+    /// as zeros now. `false`: the host cannot, and nothing was changed.
+    pub async fn punch(&self, offset: u64, len: u64) -> Result<bool> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(true);
+        }
+        if self.allocation_units(offset, offset + len) != (offset, offset + len) {
+            return Ok(false);
+        }
+        let outcome = self.allocate(Allocation::PunchHole, offset, len).await?;
+        Ok(outcome == Outcome::Done)
+    }
+
+    /// The part of a range that an allocation request can cover: all of it in
+    /// a file, whose file system takes care of partial blocks; the whole
+    /// sectors in it on a block device.
+    fn allocation_units(&self, offset: u64, end: u64) -> (u64, u64) {
+        let unit = u64::from(self.alignment.allocation);
+        (
+            offset.div_ceil(unit).saturating_mul(unit),
+            end / unit * unit,
+        )
+    }
+
+    async fn punch_and_grow(&self, start: u64, stop: u64) -> Result<bool> {
+        if self
+            .allocate(Allocation::PunchHole, start, stop - start)
+            .await?
+            == Outcome::Refused
+        {
+            return Ok(false);
+        }
+        if stop > self.len() && !self.is_block_device() {
+            // Punching does not lengthen the file, and ftruncate could
+            // shorten it, when somebody writes further out meanwhile. Storing
+            // the range's last bytes can only lengthen it.
+            let last = (stop - start).min(u64::from(self.alignment.offset));
+            self.store_zeros(stop - last, last).await?;
+        }
+        Ok(true)
+    }
+
+    async fn store_zeros(&self, offset: u64, len: u64) -> Result<()> {
+        self.start_write(offset, &Payload::zeros(len)).await
+    }
+
+    async fn allocate(&self, what: Allocation, offset: u64, len: u64) -> Result<Outcome> {
+        if self.unsupported.is(what) {
+            return Ok(Outcome::Refused);
+        }
+        loop {
+            let Err(e) = self.backend.allocate(what, offset, len).await else {
+                return Ok(Outcome::Done);
+            };
+            match e.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY) => {
+                    self.unsupported.remember(what);
+                    return Ok(Outcome::Refused);
+                }
+                // This range, perhaps not the next: some file systems want
+                // whole blocks.
+                Some(libc::EINVAL) => return Ok(Outcome::Refused),
+                _ => {
+                    let doing = match what {
+                        Allocation::ZeroRange => "zero a range",
+                        Allocation::PunchHole => "give the space of a range back",
+                    };
+                    return Err(Error::io(doing, e).path(&self.path).at(offset));
+                }
+            }
+        }
+    }
+}
