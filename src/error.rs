@@ -144,6 +144,13 @@ impl Error {
         self
     }
 
+    /// Says what was being done, before what went wrong with it.
+    #[must_use]
+    pub fn context(mut self, doing: impl fmt::Display) -> Self {
+        self.0.message = format!("{doing}: {}", self.0.message);
+        self
+    }
+
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

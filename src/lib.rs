@@ -1,10 +1,14 @@
 //! qcow2 images, with their whole backing chain, as block devices.
 
 pub mod block;
+pub mod chain;
 pub mod codec;
+mod disk;
+pub mod engine;
 pub mod error;
 pub mod qcow2;
 pub mod runtime;
 pub mod storage;
 
+pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};

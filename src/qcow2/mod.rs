@@ -1,3 +1,167 @@
-//! The qcow2 format.
+//! One qcow2 image: its metadata, and changes to it that survive power loss.
+//! Knows neither the layers below it nor guest data: what a copied cluster
+//! needs from elsewhere, the engine fetches.
 
+mod alloc;
+mod compressed;
+mod flush;
+mod grace;
+mod grow;
+mod lookup;
+mod map;
+mod meta;
+mod metadata;
+mod open;
+mod refcount;
 pub mod spec;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::runtime::sync;
+use crate::storage::Storage;
+
+use alloc::{Allocator, Frees, Run};
+use compressed::Inflated;
+use flush::Flushes;
+use grace::{Grace, Presence};
+use meta::{L1Table, SliceCache};
+use metadata::Metadata;
+
+pub use crate::codec::CompressionType;
+pub use open::ImageOptions;
+pub use spec::addr::{GuestOffset, HostOffset};
+pub use spec::entry::CompressedRange;
+pub use spec::geometry::Geometry;
+pub use spec::header::Header;
+
+pub(crate) use lookup::Mapping;
+pub(crate) use map::Change;
+
+/// An open qcow2 image. Shared by all queues.
+#[derive(Debug)]
+pub struct Image {
+    storage: Storage,
+    geometry: Geometry,
+    compression: CompressionType,
+    /// As in the file.
+    header: Mutex<Header>,
+    /// Virtual size in bytes.
+    size: AtomicU64,
+    l1: L1Table,
+    l2: SliceCache,
+    refblocks: SliceCache,
+    inflated: Inflated,
+    alloc: sync::Mutex<Allocator>,
+    /// Each queue's own reserved clusters.
+    runs: Box<[Mutex<Run>]>,
+    /// Reservations that were dropped.
+    given_back: Mutex<Vec<Run>>,
+    frees: Frees,
+    grace: Grace,
+    flushes: Flushes,
+    /// Held while an L1 entry gets a new table.
+    new_tables: sync::Mutex<()>,
+    metadata: Metadata,
+    /// Freed clusters are punched out of the file.
+    punch_frees: bool,
+    /// The header has been made ready for changes to the image.
+    prepared: AtomicBool,
+    preparing: sync::Mutex<()>,
+}
+
+impl Image {
+    /// The file.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The file's name.
+    pub fn path(&self) -> &Path {
+        self.storage.path()
+    }
+
+    /// A copy of the header, as it is in the file.
+    pub fn header(&self) -> Header {
+        lock(&self.header).clone()
+    }
+
+    /// Sizes of things.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Virtual size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.geometry.cluster_size()
+    }
+
+    pub(crate) fn cluster_bits(&self) -> u32 {
+        self.geometry.cluster_bits
+    }
+
+    /// Version of the format, 2 or 3.
+    pub fn version(&self) -> u8 {
+        self.geometry.version
+    }
+
+    /// True when the image was opened for writing.
+    pub fn writable(&self) -> bool {
+        self.storage.writable()
+    }
+
+    /// Counts a request in: mappings it looks up stay valid until the presence
+    /// ends.
+    #[inline]
+    pub(crate) fn enter(&self, slot: usize) -> Presence<'_> {
+        self.grace.enter(slot)
+    }
+
+    /// True when so much metadata is dirty that a writer should flush first.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.l2.is_crowded() || self.refblocks.is_crowded()
+    }
+
+    /// Refuses to write guest data where metadata is: only a damaged image
+    /// asks for that.
+    #[inline]
+    pub(crate) fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
+        match self.metadata.overlap(host, len) {
+            None => Ok(()),
+            Some(cluster) => Err(Error::corrupt(
+                "the image maps guest data onto its own metadata; the write is refused",
+                cluster << self.geometry.cluster_bits,
+            )
+            .path(self.path())
+            .cure("run `qemu-img check -r all` on a copy of the image")),
+        }
+    }
+
+    /// Flushes, gives back what was reserved and cuts the file's unused end
+    /// off. No request is under way.
+    pub(crate) async fn close(&self) -> Result<()> {
+        if !self.writable() {
+            return Ok(());
+        }
+        // The first makes unmappings durable and frees clusters, which
+        // changes refcounts again.
+        self.flush().await?;
+        self.give_back_runs().await?;
+        self.flush().await?;
+        if self.has_dirty_metadata() {
+            self.flush().await?;
+        }
+        self.trim_file().await
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

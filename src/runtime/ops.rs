@@ -304,8 +304,8 @@ pub unsafe fn driver_command<'a>(fd: RawFd, command: u32, payload: [u8; 16], add
                     .cast::<u8>()
                     .add(16)
                     .cast::<u64>()
-                    .write_unaligned(addr)
-            };
+                    .write_unaligned(addr);
+            }
             entry
         },
         needs_ring,

@@ -158,7 +158,7 @@ impl Payload {
     pub fn needs_bounce(&self, alignment: usize) -> bool {
         match self.place {
             Place::Zeros => self.len > zeros().len() as u64,
-            Place::Memory { ptr } => ptr as usize % alignment != 0,
+            Place::Memory { ptr } => !(ptr as usize).is_multiple_of(alignment),
             Place::Device { fixed, start, .. } => fixed.is_none() || start % alignment as u64 != 0,
         }
     }

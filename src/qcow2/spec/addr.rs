@@ -89,6 +89,14 @@ offset! {
     HostOffset
 }
 
+impl GuestOffset {
+    /// The number of the guest cluster that holds this byte.
+    #[inline]
+    pub fn cluster(self, cluster_bits: u32) -> u64 {
+        self.0 >> cluster_bits
+    }
+}
+
 impl HostOffset {
     /// The number of the host cluster that holds this byte.
     #[inline]

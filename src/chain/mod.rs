@@ -1,0 +1,75 @@
+//! The layers of a disk, top to base.
+
+mod name;
+mod open;
+mod policy;
+
+use std::os::fd::RawFd;
+
+use crate::qcow2::Image;
+use crate::storage::Storage;
+
+pub use open::{Options, open};
+pub use policy::Policy;
+
+/// One file of the chain.
+#[derive(Debug)]
+pub enum Layer {
+    /// A qcow2 image.
+    Qcow2(Box<Image>),
+    /// A file whose bytes are the disk's; only ever the lowest layer.
+    Raw(Storage),
+}
+
+impl Layer {
+    /// The file.
+    pub fn storage(&self) -> &Storage {
+        match self {
+            Self::Qcow2(image) => image.storage(),
+            Self::Raw(storage) => storage,
+        }
+    }
+
+    /// Size of the disk the layer shows, in bytes: for raw files a multiple of
+    /// 512, the last sector filled up with zeros.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Qcow2(image) => image.size(),
+            Self::Raw(storage) => storage.len().next_multiple_of(512),
+        }
+    }
+}
+
+/// A qcow2 image and everything below it.
+#[derive(Debug)]
+pub struct Chain {
+    /// Top first; the first is always qcow2.
+    layers: Vec<Layer>,
+}
+
+impl Chain {
+    /// A chain of one image, or of an image over others.
+    pub fn new(top: Image, below: Vec<Layer>) -> Self {
+        let mut layers = vec![Layer::Qcow2(Box::new(top))];
+        layers.extend(below);
+        Self { layers }
+    }
+
+    /// The image that is written to.
+    pub fn top(&self) -> &Image {
+        match &self.layers[0] {
+            Layer::Qcow2(image) => image,
+            Layer::Raw(_) => unreachable!("the top layer is qcow2"),
+        }
+    }
+
+    /// Top to base.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The files, for registration with a ring.
+    pub fn fds(&self) -> impl Iterator<Item = RawFd> {
+        self.layers.iter().filter_map(|layer| layer.storage().fd())
+    }
+}

@@ -1,0 +1,177 @@
+//! Opening a chain: the top image on the caller's word, the others on the
+//! policy's. No format is ever guessed.
+
+use std::path::{Path, PathBuf};
+
+use super::name::resolve;
+use super::{Chain, Layer, Policy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::{Header, Image, ImageOptions};
+use crate::storage::{CacheMode, Locks, OpenOptions, Role, Storage};
+
+/// Deepest chain that is opened.
+const MAX_LAYERS: usize = 64;
+
+/// How a chain is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The top image is opened for writing.
+    pub writable: bool,
+    /// Page cache or direct I/O, for every file of the chain.
+    pub cache: CacheMode,
+    /// Do not exclude others, as `qemu-img -U`; only for read-only chains.
+    pub force_share: bool,
+    /// What the images may make us open.
+    pub policy: Policy,
+    /// Format (`qcow2` or `raw`) of backing files whose image records none.
+    pub backing_format: Option<String>,
+    /// The image itself alone: what is unallocated reads as zeros.
+    pub no_backing: bool,
+    /// For every qcow2 image of the chain.
+    pub image: ImageOptions,
+}
+
+/// Opens the image at `path` and everything below it.
+pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
+    if options.force_share && options.writable {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "locks can be ignored only for images opened read-only",
+        )
+        .path(path));
+    }
+    let open_top = |cache| {
+        let how = OpenOptions {
+            writable: options.writable,
+            cache,
+            locks: locks(options, options.writable),
+        };
+        Storage::open(path, &how)
+    };
+    let top = open_image(open_top, options).await?;
+
+    let mut seen = vec![top.storage().identity()];
+    let mut header = top.header();
+    let mut inside = path.to_owned();
+    let mut below = Vec::new();
+    while let Some(reference) = backing_of(&header, &inside, options)? {
+        let layer = open_backing(&reference, &inside, options).await?;
+        let identity = layer.storage().identity();
+        if seen.contains(&identity) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "the backing chain is a loop: {} is above itself",
+                    reference.path.display()
+                ),
+            )
+            .path(&inside)
+            .cure("record the right backing file with `qemu-img rebase -u`"));
+        }
+        seen.push(identity);
+        if seen.len() > MAX_LAYERS {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the backing chain has more than {MAX_LAYERS} layers"),
+            )
+            .path(path)
+            .cure("shorten it with `qemu-img commit` or `qemu-img convert`"));
+        }
+        inside = reference.path;
+        let next = match &layer {
+            Layer::Qcow2(image) => Some(image.header()),
+            Layer::Raw(_) => None,
+        };
+        below.push(layer);
+        match next {
+            Some(next) => header = next,
+            None => break,
+        }
+    }
+    Ok(Chain::new(top, below))
+}
+
+fn locks(options: &Options, writable: bool) -> Locks {
+    if options.force_share {
+        Locks::ForceShare
+    } else if writable {
+        Locks::Normal(Role::ReadWrite)
+    } else {
+        Locks::Normal(Role::ReadOnly)
+    }
+}
+
+/// Opens a qcow2 image. Where its clusters are smaller than what direct I/O
+/// can address, it goes through the page cache.
+async fn open_image(
+    open: impl Fn(CacheMode) -> Result<Storage>,
+    options: &Options,
+) -> Result<Image> {
+    let image = Image::open(open(options.cache)?, &options.image).await?;
+    if u64::from(image.storage().alignment()) <= image.cluster_size() {
+        return Ok(image);
+    }
+    drop(image);
+    Image::open(open(CacheMode::Writeback)?, &options.image).await
+}
+
+/// A backing file as its image names it.
+struct Reference {
+    path: PathBuf,
+    raw: bool,
+}
+
+fn backing_of(header: &Header, inside: &Path, options: &Options) -> Result<Option<Reference>> {
+    let Some(name) = header.backing_file.as_deref() else {
+        return Ok(None);
+    };
+    if options.no_backing {
+        return Ok(None);
+    }
+    let path = resolve(name, inside)?;
+    let format = header
+        .backing_format()
+        .or(options.backing_format.as_deref());
+    let raw = match format {
+        Some("qcow2") => false,
+        Some("raw" | "file" | "host_device") => true,
+        Some(other) => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the backing file's format {other:?} is neither qcow2 nor raw"),
+            )
+            .path(inside)
+            .cure("convert the backing file to qcow2 or raw"));
+        }
+        None => {
+            return Err(Error::new(
+                ErrorKind::Policy,
+                "the image does not record its backing file's format, and guessing it would let \
+                 the content of a raw disk decide what is opened",
+            )
+            .path(inside)
+            .cure(
+                "give it with --backing-format qcow2|raw, or record it with \
+                 `qemu-img rebase -u -F FORMAT -b FILE`",
+            ));
+        }
+    };
+    Ok(Some(Reference { path, raw }))
+}
+
+async fn open_backing(reference: &Reference, inside: &Path, options: &Options) -> Result<Layer> {
+    let open = |cache| {
+        let fd = options.policy.open(&reference.path, inside)?;
+        let how = OpenOptions {
+            writable: false,
+            cache,
+            locks: locks(options, false),
+        };
+        Storage::from_fd(fd, &reference.path, &how)
+    };
+    if reference.raw {
+        return Ok(Layer::Raw(open(options.cache)?));
+    }
+    let image = open_image(open, options).await?;
+    Ok(Layer::Qcow2(Box::new(image)))
+}

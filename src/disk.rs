@@ -1,0 +1,115 @@
+//! The blocking face of the engine, for ordinary Rust programs.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::block::Payload;
+use crate::chain;
+use crate::engine::{self, Engine, Housekeeper};
+use crate::error::{Error, Result};
+use crate::runtime::Runtime;
+
+/// An open virtual disk: a qcow2 image with its backing chain.
+///
+/// Usable from several threads at once. Calls block; they use plain system
+/// calls, no io_uring. Changes are durable after [`Self::flush`] or
+/// [`Self::close`]; a disk that is dropped without either loses nothing that
+/// was written to the file, but what was written since the last flush may not
+/// survive a power cut, and clusters reserved for later may leak.
+///
+/// ```no_run
+/// use qcow2_ublk::{Disk, chain};
+///
+/// # fn main() -> qcow2_ublk::Result<()> {
+/// let options = chain::Options { writable: true, ..Default::default() };
+/// let disk = Disk::open("image.qcow2".as_ref(), &options)?;
+/// disk.write_at(b"hello", 1 << 20)?;
+/// disk.flush()?;
+/// let mut word = [0; 5];
+/// disk.read_at(&mut word, 1 << 20)?;
+/// assert_eq!(&word, b"hello");
+/// disk.close()
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Disk {
+    engine: Arc<Engine>,
+    housekeeper: Option<Housekeeper>,
+}
+
+impl Disk {
+    /// Opens the image at `path` with everything below it.
+    pub fn open(path: &Path, options: &chain::Options) -> Result<Self> {
+        let chain = blocking(chain::open(path, options))?;
+        let engine = Arc::new(Engine::new(chain, engine::Options::default()));
+        let housekeeper = if options.writable {
+            Some(Housekeeper::start(Arc::clone(&engine))?)
+        } else {
+            None
+        };
+        Ok(Self {
+            engine,
+            housekeeper,
+        })
+    }
+
+    /// The engine underneath, for callers with a runtime of their own.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.engine.size()
+    }
+
+    /// Fills `buf` from byte `offset` of the disk.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        blocking(self.engine.read(0, offset, Payload::of_slice_mut(buf)))
+    }
+
+    /// Writes `bytes` at byte `offset` of the disk.
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        blocking(self.engine.write(0, offset, Payload::of_slice(bytes)))
+    }
+
+    /// Makes a range read as zeros; with `unmap` its space may be freed.
+    pub fn write_zeroes_at(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        blocking(self.engine.write_zeroes(0, offset, len, unmap))
+    }
+
+    /// Frees the whole clusters in a range.
+    pub fn discard_at(&self, offset: u64, len: u64) -> Result<()> {
+        blocking(self.engine.discard(0, offset, len))
+    }
+
+    /// Makes everything written before durable.
+    pub fn flush(&self) -> Result<()> {
+        blocking(self.engine.flush())
+    }
+
+    /// Enlarges the disk to `size` bytes, a multiple of 512.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        blocking(self.engine.grow(size))
+    }
+
+    /// Flushes, gives back what was reserved, and closes the files.
+    pub fn close(mut self) -> Result<()> {
+        self.housekeeper.take();
+        blocking(self.engine.close())
+    }
+}
+
+/// Runs a future on this thread, with blocking operations.
+fn blocking<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    thread_local! {
+        static RUNTIME: std::io::Result<Runtime> = Runtime::inline();
+    }
+    RUNTIME.with(|runtime| match runtime {
+        Ok(runtime) => runtime.block_on(future),
+        Err(e) => Err(Error::io(
+            "make an executor",
+            std::io::Error::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EIO)),
+        )),
+    })
+}

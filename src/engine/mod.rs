@@ -1,0 +1,232 @@
+//! Guest requests: the only place where guest data is read and written.
+//!
+//! Mappings come from the layers as data ([`crate::chain`]); the engine turns
+//! them into transfers, starts all transfers of a request before it waits for
+//! the first, and copies only what has to be copied.
+
+mod flight;
+mod housekeeper;
+mod ranges;
+mod read;
+mod write;
+mod zero;
+
+use crate::block::{BlockHandler, Limits, Op, Payload, Request};
+use crate::chain::Chain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Image;
+use crate::runtime;
+
+pub use housekeeper::Housekeeper;
+use ranges::Ranges;
+
+/// How an engine treats requests.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Discards free space (`unmap`) or are ignored.
+    pub discard: bool,
+    /// Requests are multiples of this many bytes (the device's logical block
+    /// size, or 1): below the storage's own unit, writes exclude each other.
+    pub request_unit: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            discard: true,
+            request_unit: 1,
+        }
+    }
+}
+
+/// A chain of images that serves requests, from any number of threads.
+#[derive(Debug)]
+pub struct Engine {
+    chain: Chain,
+    options: Options,
+    /// Guest clusters whose mapping is being changed.
+    ranges: Ranges,
+}
+
+impl Engine {
+    /// An engine over an opened chain.
+    pub fn new(chain: Chain, options: Options) -> Self {
+        Self {
+            chain,
+            options,
+            ranges: Ranges::default(),
+        }
+    }
+
+    /// The layers.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    fn top(&self) -> &Image {
+        self.chain.top()
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.top().size()
+    }
+
+    /// Refuses a range that is not inside the virtual disk.
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
+        if offset.checked_add(len).is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutOfBounds,
+            format!("{len} bytes at {offset} are not inside the disk of {size} bytes"),
+        )
+        .path(self.top().path()))
+    }
+
+    /// Reads `payload.len()` bytes at `offset`. `queue` spreads the bookkeeping
+    /// over queues; any number will do.
+    pub async fn read(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
+        self.check_range(offset, payload.len())?;
+        // Lower layers are never written, so one presence covers them all.
+        let _presence = self.top().enter(usize::from(queue));
+        self.read_layers(0, offset, payload).await
+    }
+
+    /// Writes `payload.len()` bytes at `offset`.
+    pub async fn write(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
+        self.check_range(offset, payload.len())?;
+        let slot = self.begin_write(queue).await?;
+        let _presence = self.top().enter(slot);
+        self.write_range(slot, offset, payload).await
+    }
+
+    /// Makes the range read as zeros; with `unmap`, host space may be freed.
+    pub async fn write_zeroes(&self, queue: u16, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.check_range(offset, len)?;
+        let slot = self.begin_write(queue).await?;
+        let _presence = self.top().enter(slot);
+        self.zero_range(slot, offset, len, unmap).await
+    }
+
+    /// Gives up the range's clusters; the parts of clusters at its ends keep
+    /// their content.
+    pub async fn discard(&self, queue: u16, offset: u64, len: u64) -> Result<()> {
+        self.check_range(offset, len)?;
+        if !self.options.discard {
+            return Ok(());
+        }
+        let slot = self.begin_write(queue).await?;
+        let _presence = self.top().enter(slot);
+        self.discard_range(slot, offset, len).await
+    }
+
+    /// Makes everything completed before durable.
+    pub async fn flush(&self) -> Result<()> {
+        if self.top().writable() {
+            self.top().flush().await
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes back what is dirty, as a flush does, if anything is: called now
+    /// and then, so that little is lost with the power and frees come through.
+    pub async fn write_back(&self) -> Result<()> {
+        if self.top().has_dirty_metadata() {
+            self.top().flush().await
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Makes everything durable and leaves the image as if never opened. No
+    /// request is under way, and none may come.
+    pub async fn close(&self) -> Result<()> {
+        self.top().close().await
+    }
+
+    /// Enlarges the disk to `size` bytes, a multiple of 512. The new part reads
+    /// as zeros, also where a longer backing file has data.
+    ///
+    /// No request may be under way on the disk's last cluster.
+    pub async fn grow(&self, size: u64) -> Result<()> {
+        let image = self.top();
+        let old = image.size();
+        let slot = self.begin_write(0).await?;
+        image.grow_in_memory(size).await?;
+        let stored = async {
+            if !self.reads_zero(1, old, size - old).await? {
+                self.zero_range(slot, old, size - old, true).await?;
+            }
+            // The zeros are durable before the size shows them.
+            image.flush().await?;
+            image.store_size().await
+        }
+        .await;
+        if stored.is_err() {
+            image.ungrow(old);
+        }
+        stored
+    }
+
+    async fn begin_write(&self, queue: u16) -> Result<usize> {
+        let image = self.top();
+        image.check_writable()?;
+        image.prepare_for_writing().await?;
+        if image.is_crowded() {
+            image.flush().await?;
+        }
+        Ok(usize::from(queue))
+    }
+}
+
+impl BlockHandler for Engine {
+    fn limits(&self) -> Limits {
+        let image = self.top();
+        let cluster_size = image.cluster_size() as u32;
+        Limits {
+            size: self.size(),
+            read_only: !image.writable(),
+            discard_granularity: cluster_size,
+            optimal_io: cluster_size,
+            physical_block: image
+                .storage()
+                .alignment()
+                .max(4096)
+                .min(cluster_size.max(512)),
+            discard: self.options.discard,
+        }
+    }
+
+    fn queue_started(&self, _queue: u16) -> Result<()> {
+        for fd in self.chain.fds() {
+            runtime::register_file(fd)
+                .map_err(|e| Error::io("register the image with io_uring", e))?;
+        }
+        Ok(())
+    }
+
+    async fn handle(&self, queue: u16, request: Request) -> Result<()> {
+        let Request {
+            op,
+            offset,
+            len,
+            payload,
+        } = request;
+        match op {
+            Op::Read => self.read(queue, offset, payload).await,
+            Op::Write { fua } => {
+                self.write(queue, offset, payload).await?;
+                if fua { self.flush().await } else { Ok(()) }
+            }
+            Op::Flush => self.flush().await,
+            Op::Discard => self.discard(queue, offset, len).await,
+            Op::WriteZeroes { unmap, fua } => {
+                self.write_zeroes(queue, offset, len, unmap).await?;
+                if fua { self.flush().await } else { Ok(()) }
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Write-zeroes and discard: whole clusters by their mapping, the rest by
+//! writing zeros or not at all.
+
+use super::Engine;
+use crate::block::Payload;
+use crate::error::Result;
+use crate::qcow2::{Change, GuestOffset, Mapping};
+
+/// Clusters changed under one range lock: the reach of one L2 slice.
+const STEP: u64 = 512;
+
+impl Engine {
+    pub(super) async fn zero_range(
+        &self,
+        slot: usize,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    ) -> Result<()> {
+        let (start, end) = self.whole_clusters(offset, len);
+        if start >= end {
+            return self.write_range(slot, offset, Payload::zeros(len)).await;
+        }
+        if offset < start {
+            self.write_range(slot, offset, Payload::zeros(start - offset))
+                .await?;
+        }
+        self.change_clusters(slot, start, end, Wish::Zeros { unmap })
+            .await?;
+        if end < offset + len {
+            self.write_range(slot, end, Payload::zeros(offset + len - end))
+                .await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn discard_range(&self, slot: usize, offset: u64, len: u64) -> Result<()> {
+        let (start, end) = self.whole_clusters(offset, len);
+        if start < end {
+            self.change_clusters(slot, start, end, Wish::Discard)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// The part of the range that is whole clusters. The last cluster of the
+    /// disk counts as whole when the range reaches the disk's end.
+    fn whole_clusters(&self, offset: u64, len: u64) -> (u64, u64) {
+        let cluster_size = self.top().cluster_size();
+        let end = offset + len;
+        let end_aligned = if end == self.size() {
+            end
+        } else {
+            end - end % cluster_size
+        };
+        (offset.next_multiple_of(cluster_size), end_aligned)
+    }
+
+    async fn change_clusters(&self, slot: usize, start: u64, end: u64, wish: Wish) -> Result<()> {
+        let image = self.top();
+        let bits = image.cluster_bits();
+        let mut at = start;
+        while at < end {
+            let extent = image.lookup(GuestOffset(at), end - at).await?;
+            if self.is_done(at, extent.len, extent.mapping, wish).await? {
+                at += extent.len;
+                continue;
+            }
+            let stop = (at + extent.len.min(STEP << bits)).min(end);
+            let clusters = at >> bits..stop.div_ceil(1 << bits);
+            let Some(range) = self.ranges.take_or_wait(clusters.start, clusters.end).await else {
+                continue;
+            };
+            // Under the lock: what is it now?
+            let extent = image.lookup(GuestOffset(at), stop - at).await?;
+            if self.is_done(at, extent.len, extent.mapping, wish).await? {
+                at += extent.len;
+                continue;
+            }
+            let count = extent.len.div_ceil(1 << bits);
+            match self.change_for(extent.mapping, wish) {
+                Some(change) => {
+                    image.change(slot, GuestOffset(at), count, change).await?;
+                }
+                None => match extent.mapping {
+                    // Zeros in place of a cluster that has to stay mapped.
+                    Mapping::Data { host, copied: true } => {
+                        image.check_overlap(host, extent.len)?;
+                        let unmap = !matches!(wish, Wish::Zeros { unmap: false });
+                        image
+                            .storage()
+                            .write_zeroes(host.0, count << bits, unmap)
+                            .await?;
+                    }
+                    _ => {
+                        drop(range);
+                        self.write_range(slot, at, Payload::zeros(extent.len))
+                            .await?;
+                    }
+                },
+            }
+            at += extent.len;
+        }
+        Ok(())
+    }
+
+    /// The mapping that fulfils the wish; None where only writing zeros does.
+    fn change_for(&self, mapping: Mapping, wish: Wish) -> Option<Change<'static>> {
+        let has_zero_flag = self.top().version() >= 3;
+        let has_backing = self.chain.layers().len() > 1;
+        match wish {
+            Wish::Discard | Wish::Zeros { unmap: true } if has_zero_flag => Some(Change::Zero),
+            // Version 2 without backing: nothing mapped reads as zeros.
+            Wish::Discard | Wish::Zeros { unmap: true } if !has_backing => {
+                Some(Change::Unallocated)
+            }
+            Wish::Zeros { unmap: false } if has_zero_flag => Some(match mapping {
+                Mapping::Unallocated => Change::Zero,
+                _ => Change::ZeroKept,
+            }),
+            _ => None,
+        }
+    }
+
+    /// True when the range needs no change.
+    async fn is_done(&self, at: u64, len: u64, mapping: Mapping, wish: Wish) -> Result<bool> {
+        let unmap = !matches!(wish, Wish::Zeros { unmap: false });
+        Ok(match mapping {
+            Mapping::Unallocated if wish == Wish::Discard && self.top().version() < 3 => {
+                // Nothing of ours is there, and without the zero flag the
+                // layer below can only be hidden by writing.
+                true
+            }
+            Mapping::Unallocated => self.reads_zero(1, at, len).await?,
+            Mapping::Zero { host, .. } => host.is_none() || !unmap,
+            Mapping::Data { .. } | Mapping::Compressed(_) => false,
+        })
+    }
+}
+
+/// What clusters are to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    /// Given up: zeros where that costs nothing.
+    Discard,
+    /// Zeros, for certain.
+    Zeros { unmap: bool },
+}

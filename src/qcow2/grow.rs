@@ -1,0 +1,124 @@
+//! Growing the disk and the L1 table.
+
+use std::sync::atomic::Ordering;
+
+use super::alloc::Freed;
+use super::spec::addr::HostOffset;
+use super::spec::header::{L1_AT, SIZE_AT};
+use super::{Image, lock};
+use crate::error::{Error, ErrorKind, Result};
+
+impl Image {
+    /// Lets the disk in memory have `size` bytes, a multiple of 512 not below
+    /// the current size; the L1 table is grown to match.
+    ///
+    /// [`Self::store_size`] makes it last, once the new part reads as it
+    /// should.
+    pub(crate) async fn grow_in_memory(&self, size: u64) -> Result<()> {
+        let header = self.header();
+        if !size.is_multiple_of(512) {
+            return Err(
+                Error::new(ErrorKind::Usage, "the new size must be a multiple of 512")
+                    .path(self.path()),
+            );
+        }
+        if size < self.size() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "shrinking an image is not supported yet",
+            )
+            .path(self.path())
+            .cure("use `qemu-img resize --shrink`"));
+        }
+        if self.version() < 3 && header.nb_snapshots > 0 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "a version 2 image with snapshots cannot be resized",
+            )
+            .path(self.path()));
+        }
+        if header.bitmaps().is_some() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "resizing an image with bitmaps is not supported yet",
+            )
+            .path(self.path())
+            .cure("use `qemu-img resize`"));
+        }
+        if size > self.geometry.max_size() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "with this cluster size an image can have {} bytes at most",
+                    self.geometry.max_size()
+                ),
+            )
+            .path(self.path()));
+        }
+        let needed = self.geometry.l1_entries_for(size) as usize;
+        if needed > self.l1.len() {
+            self.grow_l1(needed).await?;
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Undoes [`Self::grow_in_memory`].
+    pub(crate) fn ungrow(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Writes the size to the header, durably.
+    pub(crate) async fn store_size(&self) -> Result<()> {
+        let size = self.size();
+        self.write_header(SIZE_AT, &size.to_be_bytes()).await?;
+        self.storage.sync().await?;
+        lock(&self.header).size = size;
+        Ok(())
+    }
+
+    /// Moves the L1 table to a larger place.
+    ///
+    /// On disk: refcounts of the new place, the new table `|` header `|`. A
+    /// power cut leaves the old table in use, or the new one; the other leaks.
+    async fn grow_l1(&self, entries: usize) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let len = (entries as u64 * 8).div_ceil(cluster_size);
+        let first = self.claim_at_end(len).await?;
+        let offset = HostOffset(first << self.geometry.cluster_bits);
+        let (old_offset, old_len) = (self.l1.offset(), self.l1.len());
+        // No L1 entry may change between the copy and the move.
+        let _turn = self.new_tables.lock().await;
+        // Refcounts of the new place, and everything the old table names.
+        self.flush().await?;
+        let mut table = self.l1.encode_grown(entries);
+        self.storage.write(offset.0, &table).await?;
+        table.truncate(0);
+        self.storage.sync().await?;
+        // l1_size and l1_table_offset are neighbours: one write, one sector.
+        let mut field = [0; 12];
+        field[..4].copy_from_slice(&(entries as u32).to_be_bytes());
+        field[4..].copy_from_slice(&offset.0.to_be_bytes());
+        self.write_header(L1_AT, &field).await?;
+        self.storage.sync().await?;
+        self.l1.moved(offset, entries);
+        {
+            let mut header = lock(&self.header);
+            header.l1_size = entries as u32;
+            header.l1_table_offset = offset;
+        }
+        self.metadata.add_range(offset, entries as u64 * 8);
+        let freed = Freed {
+            first: old_offset.cluster(self.geometry.cluster_bits),
+            count: (old_len as u64 * 8).div_ceil(cluster_size),
+            table: false,
+        };
+        for cluster in freed.first..freed.first + freed.count {
+            self.metadata.remove(cluster);
+        }
+        if freed.count > 0 {
+            self.frees.push(freed);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! Guest range -> where its bytes are, in this image alone. A mapping is data:
+//! nobody here reads guest data.
+
+use std::sync::Arc;
+
+use super::Image;
+use super::meta::Slice;
+use super::spec::addr::{GuestOffset, HostOffset};
+use super::spec::entry::{CompressedRange, L1Entry, L2Entry};
+use crate::error::Result;
+
+/// Where the bytes of a guest range are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    /// In the layer below, or zeros.
+    Unallocated,
+    /// Zeros; with a host cluster that is kept for them (item 48).
+    Zero {
+        host: Option<HostOffset>,
+        copied: bool,
+    },
+    /// At `host` and on. `copied`: the cluster is ours alone, to overwrite.
+    Data { host: HostOffset, copied: bool },
+    /// In a compressed cluster; the extent never reaches beyond it.
+    Compressed(CompressedRange),
+}
+
+/// A mapping and how many bytes of the range it holds for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) mapping: Mapping,
+    pub(crate) len: u64,
+}
+
+/// Where the L2 entry of a guest offset is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EntryPlace {
+    /// Offset of the slice in the file.
+    pub(crate) slice: HostOffset,
+    /// Index of the entry's word in the slice.
+    pub(crate) index: usize,
+}
+
+impl Image {
+    /// The first extent of the range, which is inside the image.
+    #[inline]
+    pub(crate) async fn lookup(&self, at: GuestOffset, len: u64) -> Result<Extent> {
+        let Some(place) = self.entry_place(at)? else {
+            // A whole L1 entry's span, or more of them, is not there.
+            let span = self.geometry.l1_entry_span();
+            let in_span = span - at.0 % span;
+            return Ok(Extent {
+                mapping: Mapping::Unallocated,
+                len: len.min(in_span),
+            });
+        };
+        let slice = self.l2_slice(place).await?;
+        self.extent(&slice, place.index, at, len)
+    }
+
+    /// The slice that holds an L2 entry.
+    #[inline]
+    pub(super) async fn l2_slice(&self, place: EntryPlace) -> Result<Arc<Slice>> {
+        match self.l2.get(place.slice) {
+            Some(slice) => Ok(slice),
+            None => self
+                .l2
+                .load(&self.storage, place.slice)
+                .await
+                .map_err(|e| e.path(self.storage.path())),
+        }
+    }
+
+    /// Where the L2 entry is, if there is an L2 table.
+    #[inline]
+    pub(super) fn entry_place(&self, at: GuestOffset) -> Result<Option<EntryPlace>> {
+        let index = self.geometry.l1_index(at);
+        let raw = self.l1.get(index);
+        match L1Entry::decode(raw, &self.geometry) {
+            Ok(L1Entry::Table { offset, .. }) => Ok(Some(self.place_in(offset, at))),
+            Ok(L1Entry::Unallocated) => Ok(None),
+            Err(bad) => Err(bad
+                .into_error("L1 table", self.l1.offset() + index * 8)
+                .path(self.storage.path())),
+        }
+    }
+
+    /// Where the entry of `at` is in the L2 table at `table`.
+    pub(super) fn place_in(&self, table: HostOffset, at: GuestOffset) -> EntryPlace {
+        let byte = self.geometry.l2_index(at) * 8;
+        let in_slice = byte % self.l2.slice_bytes();
+        EntryPlace {
+            slice: table + (byte - in_slice),
+            index: (in_slice / 8) as usize,
+        }
+    }
+
+    fn decode(&self, slice: &Slice, index: usize) -> Result<L2Entry> {
+        L2Entry::decode(slice.word(index), &self.geometry).map_err(|bad| {
+            bad.into_error("L2 table", slice.offset() + index as u64 * 8)
+                .path(self.storage.path())
+        })
+    }
+
+    /// As many adjacent entries as make one extent.
+    fn extent(&self, slice: &Slice, index: usize, at: GuestOffset, len: u64) -> Result<Extent> {
+        let cluster_bits = self.geometry.cluster_bits;
+        let in_cluster = at.offset_in(cluster_bits);
+        let first = mapping_of(self.decode(slice, index)?, in_cluster);
+        let mut covered = self.geometry.cluster_size() - in_cluster;
+        if matches!(first, Mapping::Compressed(_)) {
+            let len = len.min(covered);
+            return Ok(Extent {
+                mapping: first,
+                len,
+            });
+        }
+        let mut index = index + 1;
+        while covered < len && index < slice.len() {
+            // An invalid entry ends the extent; it is reported when reached.
+            let Ok(entry) = L2Entry::decode(slice.word(index), &self.geometry) else {
+                break;
+            };
+            if !continues(first, covered, mapping_of(entry, 0)) {
+                break;
+            }
+            covered += self.geometry.cluster_size();
+            index += 1;
+        }
+        Ok(Extent {
+            mapping: first,
+            len: len.min(covered),
+        })
+    }
+}
+
+fn mapping_of(entry: L2Entry, in_cluster: u64) -> Mapping {
+    match entry {
+        L2Entry::Unallocated => Mapping::Unallocated,
+        L2Entry::Zero => Mapping::Zero {
+            host: None,
+            copied: false,
+        },
+        L2Entry::ZeroAllocated { host, copied } => Mapping::Zero {
+            host: Some(host + in_cluster),
+            copied,
+        },
+        L2Entry::Data { host, copied } => Mapping::Data {
+            host: host + in_cluster,
+            copied,
+        },
+        L2Entry::Compressed(range) => Mapping::Compressed(range),
+    }
+}
+
+/// True when `next` goes on where the extent that began with `first` has
+/// covered `covered` bytes.
+fn continues(first: Mapping, covered: u64, next: Mapping) -> bool {
+    match (first, next) {
+        (Mapping::Unallocated, Mapping::Unallocated) => true,
+        (
+            Mapping::Zero {
+                host: a,
+                copied: ca,
+            },
+            Mapping::Zero {
+                host: b,
+                copied: cb,
+            },
+        ) => ca == cb && a.map(|a| a + covered) == b,
+        (
+            Mapping::Data {
+                host: a,
+                copied: ca,
+            },
+            Mapping::Data {
+                host: b,
+                copied: cb,
+            },
+        ) => ca == cb && a + covered == b,
+        _ => false,
+    }
+}

@@ -1,0 +1,206 @@
+//! Changing mappings: the only place that stores L2 and L1 entries.
+//!
+//! The caller holds the range lock of the guest clusters it changes, and the
+//! data they are to show is in the file (written, not yet durable).
+
+use std::sync::Arc;
+
+use super::Image;
+use super::alloc::{Freed, Reserved};
+use super::meta::Slice;
+use super::spec::addr::{GuestOffset, HostOffset};
+use super::spec::entry::{L1Entry, L2Entry};
+use crate::error::{Error, ErrorKind, Result};
+use crate::runtime::Buf;
+
+/// What clusters are to become.
+#[derive(Debug)]
+pub(crate) enum Change<'a> {
+    /// Data in these reserved clusters, which are as many as the clusters.
+    Data(Reserved<'a>),
+    /// A kept host cluster (of a zero cluster) now holds data.
+    ZeroToData,
+    /// Reads as zeros; a host cluster of their own is kept.
+    ZeroKept,
+    /// Reads as zeros; host clusters are freed. Not in version 2.
+    Zero,
+    /// Shows the layer below; host clusters are freed.
+    Unallocated,
+}
+
+impl Image {
+    /// Makes sure that the L2 table for `at` exists and is not shared, so that
+    /// a later [`Self::change`] there finds it.
+    pub(crate) async fn own_l2(&self, slot: usize, at: GuestOffset) -> Result<HostOffset> {
+        let index = self.geometry.l1_index(at);
+        loop {
+            let entry = L1Entry::decode(self.l1.get(index), &self.geometry).map_err(|bad| {
+                bad.into_error("L1 table", self.l1.offset() + index * 8)
+                    .path(self.storage.path())
+            })?;
+            match entry {
+                L1Entry::Table {
+                    offset,
+                    copied: true,
+                } => return Ok(offset),
+                shared => self.make_l2(slot, index, shared).await?,
+            }
+        }
+    }
+
+    /// Gives L1 entry `index` a table of its own: zeros, or a copy of the
+    /// shared one.
+    ///
+    /// On disk: the table's content, its refcount `|` the L1 entry. The shared
+    /// table loses a reference only after that.
+    async fn make_l2(&self, slot: usize, index: u64, shared: L1Entry) -> Result<()> {
+        let _turn = self.new_tables.lock().await;
+        if L1Entry::decode(self.l1.get(index), &self.geometry).ok() != Some(shared) {
+            return Ok(()); // somebody else was here; the caller looks again
+        }
+        let reserved = self.reserve(slot, 1).await?;
+        let table = reserved.offset();
+        let cluster_size = self.geometry.cluster_size();
+        match shared {
+            L1Entry::Unallocated => {
+                if !reserved.run().zeroed {
+                    self.write_zero_cluster(table).await?;
+                }
+            }
+            L1Entry::Table { offset, .. } => {
+                let mut copy = Buf::take(cluster_size as usize);
+                self.storage.read(offset.0, &mut copy).await?;
+                self.storage.write(table.0, &copy).await?;
+            }
+        }
+        self.l2.forget(table, cluster_size);
+        self.metadata.add(table);
+        let entry = L1Entry::Table {
+            offset: table,
+            copied: true,
+        };
+        self.l1.set(index, entry.encode(&self.geometry));
+        reserved.used();
+        if let L1Entry::Table { offset, .. } = shared {
+            self.frees.push(Freed {
+                first: offset.cluster(self.geometry.cluster_bits),
+                count: 1,
+                table: true,
+            });
+        }
+        Ok(())
+    }
+
+    /// Changes `count` clusters from the cluster-aligned `at`.
+    pub(crate) async fn change(
+        &self,
+        slot: usize,
+        at: GuestOffset,
+        count: u64,
+        change: Change<'_>,
+    ) -> Result<()> {
+        let cluster_bits = self.geometry.cluster_bits;
+        let mut done = 0;
+        while done < count {
+            let at = at + (done << cluster_bits);
+            let table = self.own_l2(slot, at).await?;
+            let place = self.place_in(table, at);
+            let slice = self.l2_slice(place).await?;
+            let here = (count - done).min((slice.len() - place.index) as u64);
+            for i in 0..here {
+                self.change_entry(&slice, place.index + i as usize, done + i, &change)?;
+            }
+            done += here;
+        }
+        if let Change::Data(reserved) = change {
+            debug_assert_eq!(reserved.run().count, count);
+            reserved.used();
+        }
+        Ok(())
+    }
+
+    fn change_entry(
+        &self,
+        slice: &Arc<Slice>,
+        index: usize,
+        nth: u64,
+        change: &Change<'_>,
+    ) -> Result<()> {
+        let raw = slice.word(index);
+        let old = L2Entry::decode(raw, &self.geometry).map_err(|bad| {
+            bad.into_error("L2 table", slice.offset() + index as u64 * 8)
+                .path(self.storage.path())
+        })?;
+        let new = match (change, old) {
+            (Change::Data(reserved), _) => L2Entry::Data {
+                host: reserved.offset() + (nth << self.geometry.cluster_bits),
+                copied: true,
+            },
+            (Change::ZeroToData, L2Entry::ZeroAllocated { host, copied: true }) => {
+                L2Entry::Data { host, copied: true }
+            }
+            (Change::ZeroToData, _) => {
+                return Err(Error::corrupt(
+                    "a zero cluster changed while it was written to",
+                    slice.offset().0 + index as u64 * 8,
+                )
+                .path(self.storage.path()));
+            }
+            (
+                Change::ZeroKept,
+                L2Entry::Data { host, copied: true }
+                | L2Entry::ZeroAllocated { host, copied: true },
+            ) => L2Entry::ZeroAllocated { host, copied: true },
+            (Change::ZeroKept | Change::Zero, _) => L2Entry::Zero,
+            (Change::Unallocated, _) => L2Entry::Unallocated,
+        };
+        if new == old {
+            return Ok(());
+        }
+        self.l2.store(slice, index, new.encode(&self.geometry));
+        self.free_old(old, new);
+        Ok(())
+    }
+
+    /// Puts the host clusters that an entry no longer names on the list.
+    fn free_old(&self, old: L2Entry, new: L2Entry) {
+        let cluster_bits = self.geometry.cluster_bits;
+        let kept = match new {
+            L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => Some(host),
+            _ => None,
+        };
+        match old {
+            L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. }
+                if Some(host) != kept =>
+            {
+                self.frees.push(Freed {
+                    first: host.cluster(cluster_bits),
+                    count: 1,
+                    table: false,
+                });
+            }
+            L2Entry::Compressed(range) => {
+                let touched = range.clusters_touched(&self.geometry);
+                self.frees.push(Freed {
+                    first: *touched.start(),
+                    count: touched.end() - touched.start() + 1,
+                    table: false,
+                });
+            }
+            _ => {}
+        }
+    }
+
+    /// Refuses writes to an image that must not be written, before anything
+    /// else is done.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.storage.writable() {
+            Ok(())
+        } else {
+            Err(
+                Error::new(ErrorKind::ReadOnly, "the image is open read-only")
+                    .path(self.storage.path()),
+            )
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! A bounded cache of table slices: shared by all queues, one load per slice
+//! however many wait for it, and no dirty or borrowed slice ever dropped.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use lru::LruCache;
+
+use super::Slice;
+use crate::error::Result;
+use crate::qcow2::spec::addr::HostOffset;
+use crate::runtime::Buf;
+use crate::runtime::sync::WaitList;
+use crate::storage::Storage;
+
+const SHARDS: usize = 16;
+/// Slices are at most this long: small enough that changing one entry writes
+/// little, long enough to cover 32 MiB of guest at 64 KiB clusters.
+const SLICE_BYTES: u64 = 4096;
+
+enum Slot {
+    Loading,
+    Ready(Arc<Slice>),
+}
+
+type Shard = Mutex<LruCache<u64, Slot>>;
+
+/// A cache of slices of one kind of table.
+pub(crate) struct SliceCache {
+    /// What the tables are called in errors.
+    what: &'static str,
+    slice_bytes: u64,
+    shards: [Shard; SHARDS],
+    shard_capacity: usize,
+    loaded: WaitList,
+    dirty: Mutex<Vec<Arc<Slice>>>,
+    dirty_count: AtomicUsize,
+}
+
+impl std::fmt::Debug for SliceCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SliceCache")
+            .field("what", &self.what)
+            .field("dirty", &self.dirty_count)
+            .finish()
+    }
+}
+
+impl SliceCache {
+    /// A cache of about `bytes` for tables of `table_bytes` each.
+    pub(crate) fn new(what: &'static str, table_bytes: u64, bytes: u64) -> Self {
+        let slice_bytes = table_bytes.min(SLICE_BYTES);
+        let shard_capacity = (bytes / slice_bytes / SHARDS as u64).max(4) as usize;
+        Self {
+            what,
+            slice_bytes,
+            // Unbounded: `make_room` decides what goes, an LruCache's own
+            // limit would drop dirty slices.
+            shards: std::array::from_fn(|_| Mutex::new(LruCache::unbounded())),
+            shard_capacity,
+            loaded: WaitList::default(),
+            dirty: Mutex::default(),
+            dirty_count: AtomicUsize::new(0),
+        }
+    }
+
+    /// Length of a slice in the file, in bytes.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        self.slice_bytes
+    }
+
+    fn shard(&self, offset: HostOffset) -> MutexGuard<'_, LruCache<u64, Slot>> {
+        let index = (offset.0 / self.slice_bytes) as usize % SHARDS;
+        lock(&self.shards[index])
+    }
+
+    /// The slice at `offset` (a multiple of the slice length), if it is here.
+    #[inline]
+    pub(crate) fn get(&self, offset: HostOffset) -> Option<Arc<Slice>> {
+        match self.shard(offset).get(&offset.0) {
+            Some(Slot::Ready(slice)) => Some(Arc::clone(slice)),
+            _ => None,
+        }
+    }
+
+    /// The slice at `offset`, read from the file if it is not here.
+    pub(crate) async fn load(&self, storage: &Storage, offset: HostOffset) -> Result<Arc<Slice>> {
+        enum Found {
+            Here(Arc<Slice>),
+            OursToLoad,
+        }
+        let found = self
+            .loaded
+            .wait_until(|| {
+                let mut shard = self.shard(offset);
+                match shard.get(&offset.0) {
+                    Some(Slot::Ready(slice)) => Some(Found::Here(Arc::clone(slice))),
+                    Some(Slot::Loading) => None,
+                    None => {
+                        shard.put(offset.0, Slot::Loading);
+                        Some(Found::OursToLoad)
+                    }
+                }
+            })
+            .await;
+        if let Found::Here(slice) = found {
+            return Ok(slice);
+        }
+        // Whatever happens, the Loading mark goes and the others try again.
+        let mark = LoadMark {
+            cache: self,
+            offset,
+        };
+        let mut bytes = Buf::take(self.slice_bytes as usize);
+        storage
+            .read(offset.0, &mut bytes)
+            .await
+            .map_err(|e| e.context(format_args!("cannot read the {}", self.what)))?;
+        let slice = Arc::new(Slice::decode(offset, &bytes));
+        mark.fill(Arc::clone(&slice));
+        Ok(slice)
+    }
+
+    fn make_room(shard: &mut LruCache<u64, Slot>, capacity: usize) {
+        // Dirty slices and those somebody holds move to the young end; a few
+        // steps are enough on average, and the bound is soft.
+        let mut steps = 8;
+        while shard.len() > capacity && steps > 0 {
+            steps -= 1;
+            match shard.pop_lru() {
+                Some((_, Slot::Ready(slice)))
+                    if !slice.is_dirty() && Arc::strong_count(&slice) == 1 => {}
+                Some((offset, slot)) => {
+                    shard.put(offset, slot);
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Stores one word of a slice and marks it dirty; the old word.
+    pub(crate) fn store(&self, slice: &Arc<Slice>, index: usize, word: u64) -> u64 {
+        let old = slice.word(index);
+        slice.store(index, word);
+        self.mark_dirty(slice);
+        old
+    }
+
+    /// Puts a slice on the list of those to be written.
+    pub(crate) fn mark_dirty(&self, slice: &Arc<Slice>) {
+        if slice.set_dirty() {
+            lock(&self.dirty).push(Arc::clone(slice));
+            self.dirty_count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// True when so much is dirty that writers should write back first.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.dirty_count.load(Ordering::Relaxed) > self.shard_capacity * SHARDS / 2
+    }
+
+    pub(crate) fn has_dirty(&self) -> bool {
+        self.dirty_count.load(Ordering::SeqCst) > 0
+    }
+
+    /// Takes the dirty slices, in file order. The caller writes their copies
+    /// and keeps the slices until that is done, so that none is dropped and
+    /// read back old.
+    pub(crate) fn take_dirty(&self) -> Vec<(Arc<Slice>, Buf)> {
+        let mut slices = std::mem::take(&mut *lock(&self.dirty));
+        self.dirty_count.fetch_sub(slices.len(), Ordering::Relaxed);
+        slices.sort_unstable_by_key(|slice| slice.offset());
+        slices
+            .into_iter()
+            .map(|slice| {
+                let copy = slice.clean_copy();
+                (slice, copy)
+            })
+            .collect()
+    }
+
+    /// Forgets the slices of a table that is not one any more.
+    pub(crate) fn forget(&self, offset: HostOffset, len: u64) {
+        let mut at = offset;
+        while at < offset + len {
+            let mut shard = self.shard(at);
+            if let Some(Slot::Ready(_)) = shard.peek(&at.0) {
+                shard.pop(&at.0);
+            }
+            drop(shard);
+            at += self.slice_bytes;
+        }
+    }
+}
+
+/// The Loading mark of a slice; removed when dropped, replaced when filled.
+struct LoadMark<'a> {
+    cache: &'a SliceCache,
+    offset: HostOffset,
+}
+
+impl LoadMark<'_> {
+    fn fill(self, slice: Arc<Slice>) {
+        let mut shard = self.cache.shard(self.offset);
+        shard.put(self.offset.0, Slot::Ready(slice));
+        SliceCache::make_room(&mut shard, self.cache.shard_capacity);
+    }
+}
+
+impl Drop for LoadMark<'_> {
+    fn drop(&mut self) {
+        let mut shard = self.cache.shard(self.offset);
+        if let Some(Slot::Loading) = shard.peek(&self.offset.0) {
+            shard.pop(&self.offset.0);
+        }
+        drop(shard);
+        self.cache.loaded.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

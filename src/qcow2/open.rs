@@ -1,0 +1,218 @@
+//! Opening an image, and making its header ready for the first change.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::alloc::{Allocator, Frees, Run};
+use super::compressed::Inflated;
+use super::grace::Grace;
+use super::meta::{L1Table, SliceCache};
+use super::metadata::Metadata;
+use super::refcount::Refcounts;
+use super::spec::entry::L1Entry;
+use super::spec::header::{AUTOCLEAR_AT, Autoclear, Incompatible, PROBE_LEN, Prefix};
+use super::{Header, HostOffset, Image, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::runtime::{Buf, sync};
+use crate::storage::Storage;
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// Number of queues that will use it; each reserves clusters of its own.
+    pub queues: usize,
+    /// Bytes of L2 tables kept in memory at most.
+    pub l2_cache: u64,
+    /// Freed clusters are punched out of the file, or only reused.
+    pub punch: bool,
+}
+
+impl Default for ImageOptions {
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            l2_cache: 32 << 20,
+            punch: true,
+        }
+    }
+}
+
+/// Bytes of refcount blocks kept in memory at most.
+const REFBLOCK_CACHE: u64 = 4 << 20;
+
+/// Reads the header of an image and checks it; not whether we support what it
+/// asks for.
+pub(crate) async fn read_header(storage: &Storage) -> Result<Header> {
+    let file_len = storage.len();
+    let mut start = Buf::take(PROBE_LEN.min(file_len as usize));
+    storage.read(0, &mut start).await?;
+    let prefix = Prefix::parse(&start).map_err(|e| e.path(storage.path()))?;
+    let mut cluster0 = Buf::take(prefix.cluster_size());
+    storage.read(0, &mut cluster0).await?;
+    Header::parse(&cluster0, file_len).map_err(|e| e.path(storage.path()))
+}
+
+impl Image {
+    /// Opens the image in `storage`; for writing, if the storage is writable.
+    pub async fn open(storage: Storage, options: &ImageOptions) -> Result<Self> {
+        let header = read_header(&storage).await?;
+        header
+            .require_supported()
+            .map_err(|e| e.path(storage.path()))?;
+        if storage.writable() {
+            refuse_damaged(&header).map_err(|e| e.path(storage.path()))?;
+        }
+        let geometry = header.geometry();
+        let mut l1 = Buf::take(header.l1_bytes() as usize);
+        storage
+            .read(header.l1_table_offset.0, &mut l1)
+            .await
+            .map_err(|e| e.context("cannot read the L1 table"))?;
+        let l1 = L1Table::decode(header.l1_table_offset, &l1);
+        let mut table = Vec::new();
+        if storage.writable() {
+            let mut bytes = Buf::take(header.reftable_bytes() as usize);
+            storage
+                .read(header.refcount_table_offset.0, &mut bytes)
+                .await
+                .map_err(|e| e.context("cannot read the refcount table"))?;
+            table = bytes
+                .chunks_exact(8)
+                .map(|raw| u64::from_be_bytes(raw.try_into().expect("8 bytes")))
+                .collect();
+        }
+        let refcounts = Refcounts {
+            geometry,
+            table,
+            table_offset: header.refcount_table_offset,
+            table_dirty: BTreeSet::new(),
+        };
+        // Never more than what maps the whole disk.
+        let whole = geometry
+            .clusters_for(header.virtual_size())
+            .saturating_mul(8)
+            .max(geometry.l2_table_bytes());
+        let queues = options.queues.max(1);
+        let nothing = Run {
+            first: 0,
+            count: 0,
+            zeroed: false,
+        };
+        let image = Self {
+            geometry,
+            compression: header.compression_type,
+            size: AtomicU64::new(header.virtual_size()),
+            l1,
+            l2: SliceCache::new(
+                "L2 table",
+                geometry.l2_table_bytes(),
+                options.l2_cache.min(whole),
+            ),
+            refblocks: SliceCache::new("refcount block", geometry.cluster_size(), REFBLOCK_CACHE),
+            inflated: Inflated::new(geometry.cluster_size()),
+            alloc: sync::Mutex::new(Allocator::new(refcounts)),
+            runs: (0..queues).map(|_| Mutex::new(nothing)).collect(),
+            given_back: Mutex::default(),
+            frees: Frees::default(),
+            grace: Grace::new(queues),
+            flushes: super::Flushes::default(),
+            new_tables: sync::Mutex::default(),
+            metadata: Metadata::new(geometry.cluster_bits),
+            punch_frees: options.punch,
+            prepared: AtomicBool::new(false),
+            preparing: sync::Mutex::default(),
+            header: Mutex::new(header),
+            storage,
+        };
+        if image.writable() {
+            image.note_metadata().await;
+        }
+        Ok(image)
+    }
+
+    /// Notes where metadata is, so that guest data is never written there.
+    async fn note_metadata(&self) {
+        let header = self.header();
+        self.metadata.add(HostOffset(0));
+        self.metadata
+            .add_range(header.l1_table_offset, header.l1_bytes());
+        self.metadata
+            .add_range(header.refcount_table_offset, header.reftable_bytes());
+        if header.nb_snapshots > 0 {
+            self.metadata.add(header.snapshots_offset);
+        }
+        let alloc = self.alloc.lock().await;
+        for &block in alloc.refcounts.table.iter().filter(|&&block| block != 0) {
+            self.metadata.add(HostOffset(block));
+        }
+        for index in 0..self.l1.len() as u64 {
+            if let Ok(L1Entry::Table { offset, .. }) =
+                L1Entry::decode(self.l1.get(index), &self.geometry)
+            {
+                self.metadata.add(offset);
+            }
+        }
+    }
+
+    /// Makes the header ready for changes: every autoclear bit stands for data
+    /// about the image that we do not keep up to date (bitmaps included), so
+    /// all of them are cleared, durably, before anything else is written.
+    #[inline]
+    pub(crate) async fn prepare_for_writing(&self) -> Result<()> {
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.clear_autoclear().await
+    }
+
+    async fn clear_autoclear(&self) -> Result<()> {
+        let _turn = self.preparing.lock().await;
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let bits = lock(&self.header).autoclear;
+        if !bits.is_empty() {
+            if bits.contains(Autoclear::BITMAPS) {
+                tracing::warn!(
+                    "{}: the image's dirty bitmaps are not recorded and become inconsistent",
+                    self.path().display()
+                );
+            }
+            self.write_header(AUTOCLEAR_AT, &[0; 8]).await?;
+            self.storage.sync().await?;
+            lock(&self.header).autoclear = Autoclear::empty();
+        }
+        self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes a field of the header. Fields are written alone, inside one
+    /// sector, so that a power cut leaves the old value or the new.
+    pub(super) async fn write_header(&self, at: HostOffset, bytes: &[u8]) -> Result<()> {
+        debug_assert!(at.0 / 512 == (at.0 + bytes.len() as u64 - 1) / 512);
+        self.storage
+            .write(at.0, bytes)
+            .await
+            .map_err(|e| e.context("cannot write the image header"))
+    }
+}
+
+/// Images whose refcounts cannot be trusted are not written to.
+fn refuse_damaged(header: &Header) -> Result<()> {
+    if header.incompatible.contains(Incompatible::CORRUPT) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the image is marked corrupt and is not opened for writing",
+        )
+        .cure("repair a copy with `qemu-img check -r all`, or open it read-only"));
+    }
+    if header.incompatible.contains(Incompatible::DIRTY) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the image was not closed cleanly (lazy refcounts) and its refcounts are out of date",
+        )
+        .cure("repair it with `qemu-img check -r all`, or open it read-only"));
+    }
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! Refcounts: the table and its blocks, read and changed through the cache.
+//! Knows nothing of what is being counted.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::meta::{Slice, SliceCache};
+use super::spec::addr::HostOffset;
+use super::spec::geometry::Geometry;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+/// Entries of the refcount table per block of writing (4 KiB).
+pub(crate) const TABLE_BLOCK: usize = 512;
+
+/// The refcount table and the cache of its blocks. Changed only under the
+/// allocator's lock.
+#[derive(Debug)]
+pub(crate) struct Refcounts {
+    pub(crate) geometry: Geometry,
+    /// Raw table entries: offsets of refcount blocks, 0 for none.
+    pub(crate) table: Vec<u64>,
+    pub(crate) table_offset: HostOffset,
+    /// Blocks of the table not yet in the file.
+    pub(crate) table_dirty: BTreeSet<usize>,
+}
+
+/// A place in a refcount block.
+struct Place {
+    slice: Arc<Slice>,
+    word: usize,
+    shift: u32,
+}
+
+impl Refcounts {
+    /// Number of clusters one refcount block counts.
+    pub(crate) fn per_block(&self) -> u64 {
+        self.geometry.refcounts_per_block()
+    }
+
+    fn max(&self) -> u64 {
+        match self.geometry.refcount_bits() {
+            64 => u64::MAX,
+            bits => (1 << bits) - 1,
+        }
+    }
+
+    /// The block that counts `cluster`, if there is one.
+    pub(crate) fn block_of(&self, cluster: u64) -> Result<Option<HostOffset>> {
+        let index = cluster / self.per_block();
+        let raw = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.table.get(index).copied())
+            .unwrap_or(0);
+        if raw == 0 {
+            return Ok(None);
+        }
+        let offset = HostOffset(raw);
+        // Bits 0-8 are reserved, 9 up are the offset (section "Refcounts").
+        if !offset.is_aligned(self.geometry.cluster_bits) || raw >> 56 != 0 {
+            return Err(Error::corrupt(
+                format!("refcount table entry {index} ({raw:#x}) is no cluster offset"),
+                self.table_offset.0 + index * 8,
+            )
+            .cure("run `qcow2-ublk check`, then `qemu-img check -r all` on a copy"));
+        }
+        Ok(Some(offset))
+    }
+
+    /// Number of refcounts in one cached slice of a block.
+    pub(crate) fn per_slice(&self, cache: &SliceCache) -> u64 {
+        cache.slice_bytes() * 8 / u64::from(self.geometry.refcount_bits())
+    }
+
+    async fn place(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<Option<Place>> {
+        let Some(block) = self.block_of(cluster)? else {
+            return Ok(None);
+        };
+        let bits = u64::from(self.geometry.refcount_bits());
+        let bit = (cluster % self.per_block()) * bits;
+        let byte = bit / 8;
+        let slice_start = byte - byte % cache.slice_bytes();
+        let slice = match cache.get(block + slice_start) {
+            Some(slice) => slice,
+            None => cache.load(storage, block + slice_start).await?,
+        };
+        let byte = byte - slice_start;
+        let in_word = (byte % 8) as u32;
+        // Wider entries are big-endian numbers; narrower ones are packed from
+        // the least significant bit of their byte.
+        let shift = if bits >= 8 {
+            64 - 8 * in_word - bits as u32
+        } else {
+            56 - 8 * in_word + (bit % 8) as u32
+        };
+        Ok(Some(Place {
+            slice,
+            word: (byte / 8) as usize,
+            shift,
+        }))
+    }
+
+    /// The refcount of a cluster; 0 where there is no block.
+    pub(crate) async fn get(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<u64> {
+        let place = self.place(cache, storage, cluster).await?;
+        Ok(place.map_or(0, |p| (p.slice.word(p.word) >> p.shift) & self.max()))
+    }
+
+    /// Adds `delta` to a cluster's refcount; the new one. The block exists.
+    ///
+    /// A count that would leave its range is refused and nothing is changed.
+    pub(crate) async fn adjust(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        cluster: u64,
+        delta: i64,
+    ) -> Result<u64> {
+        let at = cluster << self.geometry.cluster_bits;
+        let Some(place) = self.place(cache, storage, cluster).await? else {
+            return Err(Error::corrupt("a used cluster has no refcount block", at)
+                .cure("run `qemu-img check -r all` on a copy of the image"));
+        };
+        let word = place.slice.word(place.word);
+        let old = (word >> place.shift) & self.max();
+        let new = old
+            .checked_add_signed(delta)
+            .filter(|&new| new <= self.max())
+            .ok_or_else(|| {
+                if delta < 0 {
+                    Error::corrupt("the refcount of a used cluster is 0 already", at)
+                        .cure("run `qemu-img check -r all` on a copy of the image")
+                } else {
+                    Error::new(
+                        ErrorKind::Unsupported,
+                        format!(
+                            "a refcount does not fit in {} bits",
+                            self.geometry.refcount_bits()
+                        ),
+                    )
+                    .at(at)
+                    .cure("convert the image to one with wider refcounts (refcount_bits=16)")
+                }
+            })?;
+        let word = (word & !(self.max() << place.shift)) | (new << place.shift);
+        cache.store(&place.slice, place.word, word);
+        Ok(new)
+    }
+
+    /// Sets a table entry, to be written with the next write-back.
+    pub(crate) fn set_block(&mut self, index: u64, offset: HostOffset) {
+        self.table[index as usize] = offset.0;
+        self.table_dirty.insert(index as usize / TABLE_BLOCK);
+    }
+}
