@@ -11,10 +11,12 @@ debian_mirror() {
         return
     fi
     uris=$(apt-get --print-uris update 2>/dev/null) ||
-        die 1 "apt cannot read this machine's package sources"
-    # A suite named like a Debian release, of the archive itself, not of security.
-    sed -nE "s|^'([^']*)/dists/(stable\|testing\|unstable\|sid\|bullseye\|bookworm\|trixie\|forky\|duke)/.*|\1|p" \
-        <<<"$uris" | head -n 1
+        die 125 "apt cannot read this machine's package sources"
+    # Others may offer a suite named like Debian's; -updates only the archive has.
+    {
+        sed -nE "s|^'([^']*)/dists/[a-z]+-updates/.*|\1|p" <<<"$uris"
+        sed -nE "s/^'([^']*)\/dists\/(stable|testing|unstable|sid|bookworm|trixie|forky|duke)\/.*/\1/p" <<<"$uris"
+    } | sed -n 1p
 }
 
 # What goes between the brackets of a source line. Signatures are always
@@ -31,13 +33,13 @@ mirror_options() {
 
 # private_apt DIR SUITE...: make DIR an apt configuration with only these suites
 # of the machine's mirror, and fetch their lists; suites that the mirror does
-# not have are left out silently. Afterwards use: "${APT[@]}" get|cache ...
+# not have are left out silently. Then run apt with APT_CONFIG=DIR/apt.conf.
 private_apt() {
     local dir=$1 mirror options suite
     shift
     mirror=$(debian_mirror)
     [[ -n $mirror ]] ||
-        die 1 "no Debian archive among this machine's package sources; set DEBIAN_MIRROR to one"
+        die 125 "no Debian archive among this machine's package sources; set DEBIAN_MIRROR to one"
     options=$(mirror_options "$mirror")
     mkdir -p "$dir"/{lists,cache/archives}/partial "$dir/empty"
     : >"$dir/status"
@@ -62,5 +64,5 @@ CONF
     # Suites that do not exist make update fail; what counts is what arrived.
     APT_CONFIG=$dir/apt.conf apt-get -qq update >"$dir/update.log" 2>&1 || true
     compgen -G "$dir/lists/*Packages*" >/dev/null ||
-        die 1 "cannot fetch package lists from $mirror: $(tail -n 3 "$dir/update.log")"
+        die 125 "cannot fetch package lists from $mirror: $(tail -n 3 "$dir/update.log")"
 }

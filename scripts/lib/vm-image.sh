@@ -24,18 +24,32 @@ libraries_of() {
     { ldd "$@" 2>/dev/null || true; } | sed -nE 's/^.* => (\/[^ ]+) .*/\1/p; s/^\t(\/[^ ]+) \(.*/\1/p' | sort -u
 }
 
+# Sets the variable PLACE to where PATH really is: /lib and its like are links in
+# the guest, which a directory of that name in a later archive would replace.
+resolve() {
+    place=$1
+    case $1 in
+        /bin/* | /sbin/* | /lib/* | /lib32/* | /lib64/*) place=/usr$1 ;;
+        /bin | /sbin | /lib | /lib32 | /lib64) place=/usr$1 ;;
+        /dev/* | /proc/* | /sys/* | /run/* | /out/* | /var/run/* | /var/lock/* | /var/tmp/*) die 64 "the guest mounts something over $1" ;;
+    esac
+}
+
 # install_at ROOT FILE [PATH]: copy FILE, through links, to PATH in the tree.
 install_at() {
-    local root=$1 file=$2 path=${3:-$2}
+    local root=$1 file=$2 path place
+    resolve "${3:-$2}"
+    path=$place
     mkdir -p "$root${path%/*}"
     cp -L --preserve=mode "$file" "$root$path"
 }
 
 install_libraries() {
-    local root=$1 library
+    local root=$1 library place
     shift
     while read -r library; do
-        [[ -e $root$library ]] || install_at "$root" "$library"
+        resolve "$library"
+        [[ -e $root$place ]] || install_at "$root" "$library"
     done < <(libraries_of "$@")
 }
 
@@ -159,8 +173,10 @@ base_archive() {
 # add_to_job TREE HOSTPATH GUESTPATH: a file or directory, with the libraries
 # that its programs need.
 add_to_job() {
-    local root=$1 host=$2 guest=$3
+    local root=$1 host=$2 guest place
     local -a programs=()
+    resolve "$3"
+    guest=$place
     [[ -e $host ]] || die 64 "--add: no such file: $host"
     mkdir -p "$root${guest%/*}"
     if [[ -d $host ]]; then
