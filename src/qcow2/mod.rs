@@ -4,6 +4,7 @@
 
 mod alloc;
 mod compressed;
+pub mod create;
 mod flush;
 mod grace;
 mod grow;

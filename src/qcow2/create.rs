@@ -1,0 +1,301 @@
+//! A new image, as bytes: what to write where. Writes nothing itself.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+
+use super::spec::geometry::{MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS};
+use super::spec::header::{
+    Autoclear, Compatible, CryptMethod, Extension, FeatureName, Incompatible, MAX_BACKING_FORMAT,
+    MAX_BACKING_NAME, V3_LEN, V3_MIN_LEN,
+};
+use super::spec::{Geometry, Header, HostOffset, ReftableEntry, refcount};
+use crate::codec::CompressionType;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Unit of virtual sizes, in bytes; a size is rounded up to it.
+const SECTOR: u64 = 512;
+/// Up to this size a header cluster has no room to spare for the table of
+/// feature names.
+const MAX_CLUSTER_BITS_WITHOUT_NAMES: u32 = 12;
+
+/// The file under a new image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Its name, as the image is to say it.
+    pub file: OsString,
+    /// Its format ("raw", "qcow2"). There is no image without: guessing the
+    /// format of a file that a guest has written is how hosts are robbed.
+    pub format: Option<String>,
+}
+
+/// What a new image is to be like. The defaults are QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Virtual size in bytes; rounded up to whole sectors of 512.
+    pub size: u64,
+    /// Bytes in a cluster: a power of two, 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// 2 or 3; see [`parse_compat`].
+    pub version: u8,
+    /// Width of a refcount in bits: a power of two, 1 to 64.
+    pub refcount_bits: u64,
+    /// How compressed clusters are compressed.
+    pub compression_type: CompressionType,
+    /// Refcount updates may be postponed.
+    pub lazy_refcounts: bool,
+    /// The file under the image.
+    pub backing: Option<Backing>,
+}
+
+impl CreateOptions {
+    /// An image of `size` bytes, everything else as usual.
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            cluster_size: 65536,
+            version: 3,
+            refcount_bits: 16,
+            compression_type: CompressionType::Deflate,
+            lazy_refcounts: false,
+            backing: None,
+        }
+    }
+
+    /// The image's bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Usage`, in qemu-img's words, if an option is wrong or two do not go
+    /// together.
+    pub fn build(&self) -> Result<NewImage> {
+        let geometry = self.geometry()?;
+        self.check_version()?;
+        let size = self.checked_size(&geometry)?;
+        let extensions = self.extensions(&geometry)?;
+
+        let l1_entries = geometry.l1_entries_for(size);
+        let layout = Layout::new(&geometry, l1_entries);
+        let zstd = self.compression_type != CompressionType::Deflate;
+        let header = Header {
+            version: self.version,
+            cluster_bits: geometry.cluster_bits,
+            size,
+            crypt_method: CryptMethod::None,
+            // At most 32 MiB / 8, as checked with the size.
+            l1_size: l1_entries as u32,
+            l1_table_offset: HostOffset(if l1_entries == 0 { 0 } else { layout.l1 }),
+            refcount_table_offset: HostOffset(layout.reftable),
+            // At most one for each 64 MiB that the L1 table could have.
+            refcount_table_clusters: layout.reftable_clusters as u32,
+            nb_snapshots: 0,
+            snapshots_offset: HostOffset(0),
+            incompatible: bit(zstd, Incompatible::COMPRESSION),
+            compatible: bit(self.lazy_refcounts, Compatible::LAZY_REFCOUNTS),
+            autoclear: Autoclear::empty(),
+            refcount_order: geometry.refcount_order,
+            compression_type: self.compression_type,
+            unknown_fields: if self.version < 3 {
+                Vec::new()
+            } else {
+                vec![0; V3_LEN - V3_MIN_LEN - 1]
+            },
+            extensions,
+            backing_file: self.backing.as_ref().map(|backing| backing.file.clone()),
+        };
+        let chunks = vec![
+            (HostOffset(layout.refblocks), layout.refcounts(&geometry)),
+            (HostOffset(layout.reftable), layout.reftable(&geometry)),
+            (HostOffset(0), header.encode()?),
+        ];
+        Ok(NewImage {
+            header,
+            file_len: layout.l1 + l1_entries * 8,
+            chunks,
+        })
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        let cluster_bits = self.cluster_size.trailing_zeros();
+        if !self.cluster_size.is_power_of_two()
+            || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits)
+        {
+            return Err(usage(
+                "Cluster size must be a power of two between 512 and 2048k",
+            ));
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return Err(usage(
+                "Refcount width must be a power of two and may not exceed 64 bits",
+            ));
+        }
+        Ok(Geometry {
+            cluster_bits,
+            refcount_order: self.refcount_bits.trailing_zeros(),
+            version: self.version,
+            extended_l2: false,
+        })
+    }
+
+    fn check_version(&self) -> Result<()> {
+        let problem = match self.version {
+            3.. => return Ok(()),
+            2 if self.refcount_bits != 16 => "Different refcount widths than 16 bits require",
+            2 if self.compression_type != CompressionType::Deflate => {
+                "Non-zlib compression type is only supported with"
+            }
+            2 if self.lazy_refcounts => "Lazy refcounts only supported with",
+            2 => return Ok(()),
+            other => {
+                return Err(usage(format!(
+                    "Parameter 'version' does not accept value '{other}'"
+                )));
+            }
+        };
+        Err(usage(format!("{problem} compatibility level 1.1 and above")).cure("Use compat=1.1"))
+    }
+
+    fn checked_size(&self, geometry: &Geometry) -> Result<u64> {
+        if self.size > i64::MAX as u64 {
+            return Err(usage(
+                "Invalid image size specified. Must be between 0 and 9223372036854775807",
+            ));
+        }
+        let size = self.size.next_multiple_of(SECTOR);
+        if geometry.l1_entries_for(size) * 8 > MAX_L1_BYTES {
+            let error = usage("The image size is too large for file format 'qcow2'");
+            return Err(if geometry.cluster_bits < MAX_CLUSTER_BITS {
+                error.cure("Use a larger cluster size")
+            } else {
+                error.cure("An image can have at most 2 EiB")
+            });
+        }
+        Ok(size)
+    }
+
+    fn extensions(&self, geometry: &Geometry) -> Result<Vec<Extension>> {
+        let mut extensions = Vec::new();
+        if let Some(backing) = &self.backing {
+            let name = backing.file.as_bytes();
+            if name.is_empty() {
+                return Err(usage("Expected backing file name, got empty string"));
+            }
+            if name.len() > MAX_BACKING_NAME || name.contains(&0) {
+                return Err(usage(format!(
+                    "The backing file's name must be at most {MAX_BACKING_NAME} bytes without a NUL"
+                )));
+            }
+            let Some(format) = &backing.format else {
+                return Err(usage("Backing file specified without backing format")
+                    .cure("Say which format it has, such as raw or qcow2"));
+            };
+            if format.is_empty() || format.len() > MAX_BACKING_FORMAT || format.contains('\0') {
+                return Err(usage(format!(
+                    "Parameter 'backing-fmt' does not accept value '{format}'"
+                )));
+            }
+            extensions.push(Extension::BackingFormat(format.clone()));
+        }
+        if self.version >= 3 && geometry.cluster_bits > MAX_CLUSTER_BITS_WITHOUT_NAMES {
+            extensions.push(Extension::FeatureNames(FeatureName::all()));
+        }
+        Ok(extensions)
+    }
+}
+
+/// The version that a compatibility level (`compat=`) means.
+///
+/// # Errors
+///
+/// `Usage` if there is no such level.
+pub fn parse_compat(level: &str) -> Result<u8> {
+    match level {
+        "0.10" | "v2" => Ok(2),
+        "1.1" | "v3" => Ok(3),
+        _ => Err(usage(format!(
+            "Parameter 'version' does not accept value '{level}'"
+        ))
+        .cure("The compatibility levels are 0.10 and 1.1")),
+    }
+}
+
+/// The bytes of a new image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewImage {
+    /// The header, as it will be read back.
+    pub header: Header,
+    /// Length of the file in bytes.
+    pub file_len: u64,
+    /// What to write, in this order: the header comes last, so that a file
+    /// that is not complete is not an image. All other bytes of the file must
+    /// read as zeros.
+    pub chunks: Vec<(HostOffset, Vec<u8>)>,
+}
+
+/// Where the parts lie: header, refcount table, refcount blocks, L1 table, one
+/// behind the other, and nothing else. Offsets in bytes.
+struct Layout {
+    reftable: u64,
+    reftable_clusters: u64,
+    refblocks: u64,
+    blocks: u64,
+    l1: u64,
+    /// Clusters of the file.
+    total: u64,
+}
+
+impl Layout {
+    fn new(geometry: &Geometry, l1_entries: u64) -> Self {
+        let l1_clusters = geometry.clusters_for(l1_entries * 8);
+        // The refcounts count their own clusters too: take more of them until
+        // they suffice.
+        let (mut blocks, mut reftable_clusters) = (1, 1);
+        let total = loop {
+            let total = 1 + reftable_clusters + blocks + l1_clusters;
+            let blocks_needed = total.div_ceil(geometry.refcounts_per_block());
+            let reftable_needed = blocks_needed.div_ceil(geometry.reftable_entries_per_cluster());
+            if (blocks_needed, reftable_needed) == (blocks, reftable_clusters) {
+                break total;
+            }
+            (blocks, reftable_clusters) = (blocks_needed, reftable_needed);
+        };
+        let cluster = |index: u64| index << geometry.cluster_bits;
+        Self {
+            reftable: cluster(1),
+            reftable_clusters,
+            refblocks: cluster(1 + reftable_clusters),
+            blocks,
+            l1: cluster(1 + reftable_clusters + blocks),
+            total,
+        }
+    }
+
+    fn reftable(&self, geometry: &Geometry) -> Vec<u8> {
+        (0..self.blocks)
+            .map(|block| HostOffset(self.refblocks + (block << geometry.cluster_bits)))
+            .flat_map(|block| ReftableEntry::Block(block).encode().to_be_bytes())
+            .collect()
+    }
+
+    /// The refcount blocks as far as they are not zeros: they follow one
+    /// another, so that their entries are one array.
+    fn refcounts(&self, geometry: &Geometry) -> Vec<u8> {
+        let bits = self.total * u64::from(geometry.refcount_bits());
+        let mut array = vec![0; bits.div_ceil(8) as usize];
+        for cluster in 0..self.total as usize {
+            refcount::set(&mut array, geometry.refcount_order, cluster, 1);
+        }
+        array
+    }
+}
+
+fn bit<F: bitflags::Flags>(set: bool, flag: F) -> F {
+    if set { flag } else { F::empty() }
+}
+
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Usage, message)
+}
+
+#[cfg(test)]
+#[path = "create_tests.rs"]
+mod tests;
