@@ -127,11 +127,11 @@ make_archive() {
 # Changes when a tool, the kernel or the recipe does.
 base_key() {
     local kernel=$1 tool found
-    local -a files=("${BASH_SOURCE[0]}")
+    local -a files=()
     for tool in busybox "${guest_tools[@]}" "${guest_extras[@]}"; do
         if locate "$tool"; then files+=("$found"); fi
     done
-    { echo "$kernel"; stat -L -c '%n %s %Y' "${files[@]}"; } | sha256sum | cut -c 1-16
+    { echo "$kernel"; cat "${BASH_SOURCE[0]}"; stat -L -c '%n %s %Y' "${files[@]}"; } | sha256sum | cut -c 1-16
 }
 
 check_tools() {
