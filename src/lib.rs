@@ -9,6 +9,7 @@ pub mod error;
 pub mod qcow2;
 pub mod runtime;
 pub mod storage;
+pub mod ublk;
 
 pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};

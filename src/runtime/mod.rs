@@ -374,7 +374,7 @@ mod tests {
                 }
                 sum
             });
-            assert_eq!(sum, (0..20).map(|i| i * i).sum());
+            assert_eq!(sum, (0..20).map(|i| i * i).sum::<u64>());
         }
     }
 }
