@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod chain;
+pub mod cli;
 pub mod codec;
 mod disk;
 pub mod engine;

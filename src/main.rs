@@ -1,5 +1,5 @@
 //! The `qcow2-ublk` program: everything it does is in the library.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    qcow2_ublk::cli::main()
 }

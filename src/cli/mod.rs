@@ -1,0 +1,129 @@
+//! The command line: one file per verb. A verb has `Args`, whose texts are its
+//! help, and `run`, which returns the exit code or an error to report.
+//!
+//! Standard output carries data and nothing else; see [`output`].
+
+mod create;
+mod image;
+mod log;
+mod output;
+mod size;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind as ClapKind;
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Serve qcow2 images, with their backing chains, as Linux block devices.
+#[derive(Debug, Parser)]
+#[command(name = "qcow2-ublk", version, propagate_version = false)]
+#[command(subcommand_required = true, disable_help_subcommand = true)]
+struct Cli {
+    /// Say more on standard error; -vv and -vvv say still more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Create(create::Args),
+}
+
+/// Runs the program: reads the arguments, does what they say, reports errors.
+pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    log::to_terminal(cli.verbose);
+    let result = match cli.verb {
+        Verb::Create(args) => create::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        output::report(&error);
+        ExitCode::from(error.exit_code())
+    })
+}
+
+/// Help goes to standard output as it is; a mistake becomes one sentence.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
+            // Nothing to be done if nobody listens.
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        ClapKind::MissingSubcommand | ClapKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let verbs: Vec<_> = Cli::command()
+                .get_subcommands()
+                .filter(|verb| !verb.is_hide_set())
+                .map(|verb| verb.get_name().to_owned())
+                .collect();
+            let error = Error::new(
+                ErrorKind::Usage,
+                format!("say what to do: {}", verbs.join(", ")),
+            )
+            .cure("see `qcow2-ublk --help`");
+            output::report(&error);
+            return ExitCode::from(error.exit_code());
+        }
+        _ => {}
+    }
+    let text = error.render().to_string();
+    let error = mistake(&text);
+    output::report(&error);
+    ExitCode::from(error.exit_code())
+}
+
+/// What clap says about a mistake in several paragraphs, in one sentence and a
+/// hint.
+fn mistake(text: &str) -> Error {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let mut paragraphs = text.split("\n\n");
+    let sentence: Vec<&str> = paragraphs
+        .next()
+        .unwrap_or_default()
+        .lines()
+        .map(str::trim)
+        .collect();
+    let tip = paragraphs.find_map(|part| part.trim().strip_prefix("tip: "));
+    let error = Error::new(ErrorKind::Usage, sentence.join(" "));
+    match tip {
+        Some(tip) => error.cure(tip.lines().next().unwrap_or(tip)),
+        None => error.cure("see `qcow2-ublk --help`, or --help behind a command"),
+    }
+}
+
+/// A verb that has done what it should.
+fn done() -> Result<ExitCode> {
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn mistakes_become_one_sentence() {
+        let error = Cli::try_parse_from(["qcow2-ublk", "create", "--cluster"]).unwrap_err();
+        let error = mistake(&error.render().to_string());
+        assert!(!error.to_string().contains('\n'), "{error}");
+        assert!(error.to_string().contains("'--cluster'"), "{error}");
+        assert!(error.cure_text().is_some());
+    }
+}
