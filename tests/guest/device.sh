@@ -1,0 +1,238 @@
+#!/usr/bin/env bash
+# The device as its users see it: file systems, verified I/O, discard, full
+# disks, deletion and signals in the middle of I/O; on every data path, with one
+# queue and with several.
+. /job/lib.sh
+
+# Cases run side by side with nothing else: a tree worth copying.
+tree() {
+    mkdir -p tree/sub
+    cp -r /bin/busybox /usr/bin/*img* tree/ 2>/dev/null || cp -r /bin/busybox tree/
+    for i in 1 2 3 4 5 6 7 8; do
+        dd if=/dev/urandom of=tree/sub/$i bs=4k count=$((i * i)) status=none
+    done
+}
+
+# The image is sound and QEMU reads the same disk from it as the device showed.
+sound() {
+    qemu-img check -q "$1"
+}
+
+# file_system KIND OPTION...: partition, make a file system, copy a tree in,
+# compare after remount, after another `add`, and after qemu-img convert.
+file_system() {
+    local kind=$1 device part
+    shift
+    mkdir mnt
+    tree
+    qcow2-ublk create disk.qcow2 1G
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    echo 'start=2048, type=83' | sfdisk -q "$device"
+    eventually test -b "${device}p1"
+    part=${device}p1
+    "mkfs.$kind" -q "$part"
+    mount "$part" mnt
+    cp -r tree mnt/
+    umount mnt
+    mount "$part" mnt
+    diff -r tree mnt/tree
+    rm -r mnt/tree/sub
+    fstrim mnt
+    cp -r tree/sub mnt/tree/
+    umount mnt
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+
+    device=$(qcow2-ublk add "$@" --read-only disk.qcow2)
+    eventually test -b "${device}p1"
+    mount -o ro "${device}p1" mnt
+    diff -r tree mnt/tree
+    umount mnt
+    qcow2-ublk del "$device"
+
+    qemu-img convert -O raw disk.qcow2 disk.raw
+    rm disk.qcow2
+    mount -o ro,loop,offset=1048576 disk.raw mnt
+    diff -r tree mnt/tree
+    umount mnt
+}
+
+# verified OPTION...: fio checks every block it wrote, with mixed sizes, many
+# requests at once, and trims in between.
+verified() {
+    local device
+    qcow2-ublk create disk.qcow2 256M
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    fio --name=mixed --filename="$device" --direct=1 --ioengine=libaio --iodepth=16 \
+        --rw=randwrite --bsrange=512-64k --bs_unaligned=0 --size=200M --io_size=24M \
+        --verify=crc32c --verify_fatal=1 --fsync=64 --output=fio.log || { cat fio.log; return 1; }
+    fio --name=trim --filename="$device" --direct=1 --ioengine=libaio --iodepth=16 \
+        --rw=randtrimwrite --bs=64k --size=200M --io_size=16M --output=fio.log ||
+        { cat fio.log; return 1; }
+    fio --name=many --filename="$device" --direct=1 --ioengine=libaio --iodepth=8 --numjobs=3 \
+        --size=24M --offset_increment=32M --rw=randwrite --bs=4k --io_size=6M \
+        --verify=pattern --verify_pattern=%o --verify_fatal=1 --output=fio.log ||
+        { cat fio.log; return 1; }
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+}
+
+# A discarded cluster's space goes back to the file system that holds the
+# image, and the device reads zeros there.
+discard_returns_space() {
+    local device before after
+    qcow2-ublk create disk.qcow2 256M
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    dd if=/dev/urandom of="$device" bs=1M count=64 oflag=direct conv=fsync status=none
+    before=$(du -k disk.qcow2 | cut -f1)
+    blkdiscard -o 0 -l $((48 << 20)) "$device"
+    blockdev --flushbufs "$device"
+    dd if=/dev/zero of="$device" bs=4k count=1 seek=$((60 << 8)) oflag=direct conv=fsync status=none
+    after=$(du -k disk.qcow2 | cut -f1)
+    echo "before $before KiB, after $after KiB"
+    ((before >= 64 * 1024 && after <= 20 * 1024))
+    cmp -n $((48 << 20)) "$device" /dev/zero
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+}
+
+# A discard on an overlay leaves zeros: the backing file must not show.
+discard_hides_backing() {
+    local device
+    dd if=/dev/urandom of=base.raw bs=1M count=16 status=none
+    qcow2-ublk create -b base.raw -F raw disk.qcow2
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    cmp base.raw "$device"
+    blkdiscard -o $((4 << 20)) -l $((4 << 20)) "$device"
+    blkdiscard -z -o $((9 << 20)) -l $((1 << 20)) "$device"
+    blockdev --flushbufs "$device"
+    dd if="$device" bs=1M skip=4 count=4 iflag=direct status=none | cmp -n $((4 << 20)) - /dev/zero
+    dd if="$device" bs=1M skip=9 count=1 iflag=direct status=none | cmp -n $((1 << 20)) - /dev/zero
+    dd if="$device" bs=1M skip=10 count=6 iflag=direct status=none >got
+    dd if=base.raw bs=1M skip=10 count=6 status=none | cmp - got
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+}
+
+# The file system that holds the image fills up: writes fail with an error,
+# what was written before stays, the image leaks at most.
+no_space() {
+    local device status=0
+    mkdir small
+    mount -t tmpfs -o size=24m none small
+    qcow2-ublk create small/disk.qcow2 256M
+    device=$(qcow2-ublk add --cache writeback "$@" small/disk.qcow2)
+    dd if=/dev/urandom of=first bs=1M count=8 status=none
+    dd if=first of="$device" bs=1M oflag=direct conv=fsync status=none
+    fails dd if=/dev/zero of="$device" bs=1M seek=16 count=64 oflag=direct conv=fsync status=none
+    dd if="$device" bs=1M count=8 iflag=direct status=none | cmp - first
+    mount -o remount,size=200m small
+    dd if=first of="$device" bs=1M seek=16 oflag=direct conv=fsync status=none
+    qcow2-ublk del "$device"
+    qemu-img check -q small/disk.qcow2 || status=$?
+    echo "qemu-img check: $status"
+    ((status == 0 || status == 3))
+    qemu-img convert -O raw small/disk.qcow2 all.raw
+    cmp -n $((8 << 20)) all.raw first
+    cmp -n $((8 << 20)) -i $((16 << 20)):0 all.raw first
+    umount small
+}
+
+# load DEVICE: I/O that goes on until the device is gone.
+load() {
+    fio --name=load --filename="$1" --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw \
+        --bs=4k --size=128M --time_based --runtime=60 --output=/dev/null >/dev/null 2>&1 &
+    sleep 2
+}
+
+gone() { [[ ! -e $1 ]]; }
+
+deleted_during_io() {
+    local device
+    qcow2-ublk create disk.qcow2 256M
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    load "$device"
+    fails qcow2-ublk del "$device"
+    qcow2-ublk del --force "$device"
+    gone "$device"
+    wait
+    sound disk.qcow2
+}
+
+terminated_during_io() {
+    local device pid
+    qcow2-ublk create disk.qcow2 256M
+    device=$(qcow2-ublk add "$@" disk.qcow2)
+    load "$device"
+    pid=$(qcow2-ublk list --json | sed -nE 's/.*"pid": *([0-9]+).*/\1/p' | head -n1)
+    kill -TERM "$pid"
+    eventually gone "$device"
+    wait
+    eventually fails kill -0 "$pid"
+    sound disk.qcow2
+}
+
+# QEMU is refused while the device writes, and we while QEMU writes.
+locks() {
+    local device
+    qcow2-ublk create disk.qcow2 64M
+    device=$(qcow2-ublk add disk.qcow2)
+    fails qemu-io -c 'write 0 4k' disk.qcow2
+    fails qcow2-ublk add disk.qcow2
+    qemu-img info -U disk.qcow2 >/dev/null
+    qcow2-ublk del "$device"
+    mkfifo commands
+    qemu-io disk.qcow2 <commands >/dev/null &
+    exec 9>commands
+    sleep 2
+    fails qcow2-ublk add disk.qcow2
+    echo quit >&9
+    exec 9>&-
+    wait
+    device=$(qcow2-ublk add disk.qcow2)
+    qcow2-ublk del "$device"
+}
+
+# Every error of `add` and `del` is one clear sentence and a code of its own.
+errors() {
+    local device
+    fails qcow2-ublk add nothing.qcow2 2>error
+    grep -q 'nothing.qcow2' error
+    dd if=/dev/zero of=raw bs=1M count=1 status=none
+    fails qcow2-ublk add raw 2>error
+    grep -qi 'qcow2' error
+    qcow2-ublk create disk.qcow2 64M
+    device=$(qcow2-ublk add -n 5 disk.qcow2)
+    [[ $device == /dev/ublkb5 ]]
+    qcow2-ublk create other.qcow2 64M
+    fails qcow2-ublk add -n 5 other.qcow2 2>error
+    cat error
+    grep -q '5' error
+    mkfs.ext4 -q "$device"
+    mkdir mnt
+    mount "$device" mnt
+    fails qcow2-ublk del "$device"
+    umount mnt
+    qcow2-ublk del "$device"
+    fails qcow2-ublk del "$device"
+}
+
+begin "$@"
+paths=(copy user-copy)
+[[ $(uname -r) == 6.1[0-5].* ]] || paths+=(auto-buf)
+try "errors of add and del" errors
+try "locks against QEMU" locks
+for path in "${paths[@]}"; do
+    for queues in 1 3; do
+        options=(--data-path "$path" --queues "$queues")
+        try "ext4 ($path, $queues queues)" file_system ext4 "${options[@]}"
+        try "fio verify ($path, $queues queues)" verified "${options[@]}"
+    done
+    try "xfs ($path)" file_system xfs --data-path "$path" --queues 2
+    try "discard returns space ($path)" discard_returns_space --data-path "$path"
+    try "discard hides the backing file ($path)" discard_hides_backing --data-path "$path"
+    try "full file system ($path)" no_space --data-path "$path"
+    try "del during I/O ($path)" deleted_during_io --data-path "$path" --queues 2
+    try "SIGTERM during I/O ($path)" terminated_during_io --data-path "$path" --queues 2
+done
+finish
