@@ -6,6 +6,7 @@
 //! it goes back at close.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::refcount::Refcounts;
@@ -567,9 +568,9 @@ impl Image {
         };
         for (index, freed) in ready.iter().enumerate() {
             if let Err(error) = self.release(*freed).await {
-                // A count that cannot be lowered leaks its clusters, and says
-                // so; the others still go.
-                tracing::error!("{error}; clusters leak until the image is repaired");
+                // What cannot be given back leaks until it can, or until the
+                // image is repaired; the others still go.
+                tracing::error!("cannot give clusters back: {error}");
                 if error.kind() == ErrorKind::Latched {
                     lock(&self.frees.durable).push((0, ready[index + 1..].to_vec()));
                     return Err(error);
@@ -580,60 +581,91 @@ impl Image {
     }
 
     async fn release(&self, freed: Freed) -> Result<()> {
-        let cluster_bits = self.geometry.cluster_bits;
-        let mut alloc = self.alloc.lock().await;
-        let alloc = &mut *alloc;
-        let mut first = freed.first;
-        let stop = freed.first + freed.count;
-        let mut cluster = first;
-        // Runs that dropped to 0 are punched as a whole.
-        while cluster <= stop {
-            let dropped = if cluster < stop {
-                Some(
-                    alloc
-                        .refcounts
-                        .adjust(&self.refblocks, &self.storage, cluster, -1)
-                        .await,
-                )
-            } else {
-                None
-            };
-            if !matches!(dropped, Some(Ok(0))) {
-                if cluster > first {
-                    let offset = HostOffset(first << cluster_bits);
-                    let len = (cluster - first) << cluster_bits;
-                    if freed.table {
-                        self.l2.forget(offset, len);
-                    }
-                    self.inflated.forget(offset, len);
-                    let zeroed = if self.punch_frees {
-                        // Failing to give space back loses nothing.
-                        self.storage.punch(offset.0, len).await.unwrap_or(false)
-                    } else {
-                        false
-                    };
-                    alloc.add_free(first, cluster - first, zeroed);
+        let all = freed.first..freed.first + freed.count;
+        // Ours is the last reference where the count is 1, and nobody can add
+        // one to a cluster that no mapping names. The space goes before the
+        // count: once the count is 0 the allocator may find the cluster, and a
+        // late punch would hit its next owner.
+        let last = {
+            let alloc = self.alloc.lock().await;
+            match self.last_references(&alloc, all.clone()).await {
+                Ok(last) => last,
+                Err(error) => {
+                    lock(&self.frees.durable).push((0, vec![freed]));
+                    return Err(error);
                 }
-                first = cluster + 1;
             }
-            if let Some(Err(error)) = dropped {
+        };
+        let mut runs = Vec::with_capacity(last.len());
+        for run in last {
+            let offset = HostOffset::of_cluster(run.start, self.geometry.cluster_bits);
+            let len = (run.end - run.start) << self.geometry.cluster_bits;
+            if freed.table {
+                self.l2.forget(offset, len);
+                for cluster in run.clone() {
+                    self.metadata.remove(cluster);
+                }
+            }
+            self.inflated.forget(offset, len);
+            // Failing to give space back loses nothing.
+            let zeroed =
+                self.punch_frees && self.storage.punch(offset.0, len).await.unwrap_or(false);
+            runs.push((run, zeroed));
+        }
+
+        let mut alloc = self.alloc.lock().await;
+        let mut result = Ok(());
+        for cluster in all.clone() {
+            let dropped = alloc
+                .refcounts
+                .adjust(&self.refblocks, &self.storage, cluster, -1)
+                .await;
+            if let Err(error) = dropped {
+                runs.retain(|(run, _)| !run.contains(&cluster));
                 // What contradicts the count is skipped, what could not be
                 // read is tried again.
-                let first = cluster + u64::from(error.kind() == ErrorKind::Corrupt);
-                if first < stop {
-                    let count = stop - first;
-                    let rest = Freed {
-                        first,
-                        count,
-                        ..freed
-                    };
-                    lock(&self.frees.durable).push((0, vec![rest]));
+                if error.kind() != ErrorKind::Corrupt {
+                    lock(&self.frees.durable).push((
+                        0,
+                        vec![Freed {
+                            first: cluster,
+                            count: all.end - cluster,
+                            ..freed
+                        }],
+                    ));
+                    runs.retain(|(run, _)| run.end <= cluster);
+                    result = Err(error);
+                    break;
                 }
-                return Err(error);
+                result = Err(error);
             }
-            cluster += 1;
         }
-        Ok(())
+        for (run, zeroed) in runs {
+            alloc.add_free(run.start, run.end - run.start, zeroed);
+        }
+        result
+    }
+
+    /// The runs of clusters whose refcount is 1.
+    async fn last_references(
+        &self,
+        alloc: &Allocator,
+        clusters: Range<u64>,
+    ) -> Result<Vec<Range<u64>>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for cluster in clusters {
+            let count = alloc
+                .refcounts
+                .get(&self.refblocks, &self.storage, cluster)
+                .await?;
+            if count == 1 {
+                match runs.last_mut() {
+                    Some(run) if run.end == cluster => run.end += 1,
+                    _ => runs.push(cluster..cluster + 1),
+                }
+            }
+        }
+        Ok(runs)
     }
 
     /// Gives every unused reservation back, for a clean close. No request is
