@@ -1,5 +1,6 @@
 //! The layers of a disk, top to base.
 
+mod create;
 mod name;
 mod open;
 mod policy;
@@ -9,6 +10,7 @@ use std::os::fd::RawFd;
 use crate::qcow2::Image;
 use crate::storage::Storage;
 
+pub use create::{backing_size, create};
 pub use open::{Options, open};
 pub use policy::Policy;
 

@@ -1,24 +1,223 @@
 //! `create`: a new image.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::size;
+use super::{done, size};
+use crate::chain;
+use crate::codec::CompressionType;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::create::{Backing, CreateOptions, parse_compat};
+use crate::runtime::Runtime;
 
 /// Make a new, empty image
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The image to make
+    /// The image to make; an image of that name is lost, unless in use
     file: PathBuf,
 
-    /// Size of the disk, with unit: 10G
+    /// Size of the disk: 10G; by default that of the backing file
     #[arg(value_parser = size::parse)]
     size: Option<u64>,
+
+    /// File that holds what the image does not, relative to the image
+    #[arg(short, long = "backing", value_name = "FILE")]
+    backing: Option<OsString>,
+
+    /// Format of the backing file; never guessed
+    #[arg(short = 'F', long, value_name = "qcow2|raw")]
+    backing_format: Option<String>,
+
+    /// Do not look at the backing file; needs SIZE
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+
+    /// Options with qemu-img's names: cluster_size, compat, refcount_bits,
+    /// lazy_refcounts, compression_type, backing_file, backing_fmt, size,
+    /// preallocation=off
+    #[arg(short, value_name = "NAME=VALUE,...")]
+    options: Vec<String>,
+
+    /// Format of the image
+    #[arg(short, long, hide = true, value_parser = ["qcow2"])]
+    format: Option<String>,
 }
 
 /// Makes the image.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let error = Error::new(ErrorKind::Unsupported, "images cannot be made yet");
-    Err(error.path(&args.file).context(args.size.unwrap_or(0)))
+    let plan = plan(args).map_err(|e| e.path(&args.file))?;
+    let runtime = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;
+    runtime.block_on(make(args, plan))?;
+    done()
+}
+
+/// What was asked for; the size may have to be learnt.
+#[derive(Debug)]
+struct Plan {
+    size: Option<u64>,
+    image: CreateOptions,
+}
+
+fn usage(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Usage, what)
+}
+
+fn plan(args: &Args) -> Result<Plan> {
+    let mut size = args.size;
+    let mut backing = args.backing.clone();
+    let mut format = args.backing_format.clone();
+    let mut image = CreateOptions::new(0);
+    for (name, value) in args.options.iter().flat_map(|text| split(text)) {
+        let value = value.as_str();
+        match name.as_str() {
+            "size" => {
+                size.get_or_insert(size::parse(value).map_err(usage)?);
+            }
+            "backing_file" => {
+                backing.get_or_insert(value.into());
+            }
+            "backing_fmt" => {
+                format.get_or_insert(value.to_owned());
+            }
+            "cluster_size" => image.cluster_size = size::parse(value).map_err(usage)?,
+            "compat" => image.version = parse_compat(value)?,
+            "refcount_bits" => {
+                image.refcount_bits = value
+                    .parse()
+                    .map_err(|_| usage(format!("refcount_bits={value} is not a number")))?;
+            }
+            "lazy_refcounts" => image.lazy_refcounts = switch(&name, value)?,
+            "compression_type" => image.compression_type = compression(value)?,
+            other => refuse_unless_off(other, value)?,
+        }
+    }
+    image.backing = match (backing, format) {
+        (None, None) => None,
+        (None, Some(_)) => {
+            return Err(usage("there is a backing format but no backing file")
+                .cure("name the file with -b FILE"));
+        }
+        (Some(_), None) => {
+            return Err(
+                usage("the backing file's format is missing, and it is never guessed")
+                    .cure("give it with -F qcow2 or -F raw"),
+            );
+        }
+        (Some(file), Some(format)) => {
+            if !matches!(format.as_str(), "qcow2" | "raw") {
+                return Err(usage(format!(
+                    "the backing file's format is qcow2 or raw, not {format:?}"
+                )));
+            }
+            let format = Some(format);
+            Some(Backing { file, format })
+        }
+    };
+    if size.is_none() && (image.backing.is_none() || args.backing_unsafe) {
+        return Err(usage("the size is missing").cure("give it behind the file: 10G"));
+    }
+    Ok(Plan { size, image })
+}
+
+/// `NAME=VALUE,NAME=VALUE`; a comma in a value is doubled, and a name alone
+/// is switched on, as in QEMU's options.
+fn split(text: &str) -> Vec<(String, String)> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        let part = parts.last_mut().expect("never empty");
+        match c {
+            ',' if chars.next_if_eq(&',').is_some() => part.push(','),
+            ',' => parts.push(String::new()),
+            c => part.push(c),
+        }
+    }
+    parts
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .map(|part| match part.split_once('=') {
+            Some((name, value)) => (name.to_owned(), value.to_owned()),
+            None => (part, "on".to_owned()),
+        })
+        .collect()
+}
+
+fn switch(name: &str, value: &str) -> Result<bool> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(usage(format!("{name} is on or off, not {value:?}"))),
+    }
+}
+
+fn compression(value: &str) -> Result<CompressionType> {
+    [CompressionType::Deflate, CompressionType::Zstd]
+        .into_iter()
+        .find(|kind| kind.name() == value)
+        .ok_or_else(|| usage(format!("compression_type is zlib or zstd, not {value:?}")))
+}
+
+/// Options that qemu-img has and we have not: off is what we do.
+fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
+    let known = matches!(
+        name,
+        "preallocation"
+            | "extended_l2"
+            | "data_file"
+            | "data_file_raw"
+            | "encryption"
+            | "nocow"
+            | "extent_size_hint"
+    ) || name.starts_with("encrypt.");
+    if !known {
+        return Err(usage(format!("there is no option {name:?}")).cure(
+            "there are cluster_size, compat, refcount_bits, lazy_refcounts, compression_type, \
+             backing_file, backing_fmt, size and preallocation=off",
+        ));
+    }
+    if matches!(value, "off" | "no" | "false" | "n" | "0") {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!("the option {name}={value} is not supported"),
+    )
+    .cure("make the image with qemu-img"))
+}
+
+async fn make(args: &Args, plan: Plan) -> Result<()> {
+    let Plan { size, mut image } = plan;
+    let learnt = match &image.backing {
+        Some(backing) if !args.backing_unsafe => {
+            let format = backing.format.as_deref().unwrap_or_default();
+            let size = chain::backing_size(&backing.file, format, &args.file)
+                .await
+                .map_err(|e| e.context("the backing file"))?;
+            Some(size)
+        }
+        _ => None,
+    };
+    image.size = size.or(learnt).unwrap_or(0);
+    chain::create(&args.file, &image).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_split_as_qemu_does() {
+        let split = |text| {
+            split(text)
+                .into_iter()
+                .map(|(name, value)| format!("{name}:{value}"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            split("cluster_size=4k,lazy_refcounts,backing_file=a,,b"),
+            ["cluster_size:4k", "lazy_refcounts:on", "backing_file:a,b"]
+        );
+        assert!(split("").is_empty());
+    }
 }

@@ -40,6 +40,23 @@ impl Storage {
         Self::from_fd(file.into(), path, options)
     }
 
+    /// Opens a regular file or a block device for reading and writing, and
+    /// makes the file if there is none. A file that is there keeps its content,
+    /// and is not touched while somebody else has it locked.
+    pub fn create(path: &Path) -> Result<Self> {
+        let made = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path);
+        let options = OpenOptions::read_write();
+        match made {
+            Ok(file) => Self::from_fd(file.into(), path, &options),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path, &options),
+            Err(e) => Err(Error::io("make the file", e).path(path)),
+        }
+    }
+
     /// Wraps a file that is already open, and takes its locks before anything
     /// is read. `path` is its name for messages.
     ///
