@@ -5,6 +5,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 /// `Result` with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -204,7 +206,11 @@ impl fmt::Display for Error {
             write!(f, " (at offset {offset:#x})")?;
         }
         if let Some(source) = &self.0.source {
-            write!(f, ": {source}")?;
+            match source.raw_os_error() {
+                // Without the number that io::Error adds.
+                Some(errno) => write!(f, ": {}", Errno::from_raw(errno).desc())?,
+                None => write!(f, ": {source}")?,
+            }
         }
         Ok(())
     }

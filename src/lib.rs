@@ -4,6 +4,8 @@ pub mod block;
 pub mod chain;
 pub mod cli;
 pub mod codec;
+pub mod config;
+pub mod daemon;
 mod disk;
 pub mod engine;
 pub mod error;

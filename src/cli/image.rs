@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-
 use crate::chain;
-use crate::storage::CacheMode;
+use crate::config::BackingFormat;
 
 /// What an image may make us open.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -20,8 +18,8 @@ pub(super) struct PolicyArgs {
     pub(super) trust_chain: bool,
 
     /// Format of backing files whose image does not record it
-    #[arg(long, value_name = "qcow2|raw", value_parser = ["qcow2", "raw"])]
-    pub(super) backing_format: Option<String>,
+    #[arg(long, value_name = "FORMAT")]
+    pub(super) backing_format: Option<BackingFormat>,
 }
 
 impl PolicyArgs {
@@ -33,26 +31,8 @@ impl PolicyArgs {
                 trust_chain: self.trust_chain,
                 allow_paths: self.allow_path.clone(),
             },
-            backing_format: self.backing_format.clone(),
+            backing_format: self.backing_format.map(|format| format.name().to_owned()),
             ..chain::Options::default()
-        }
-    }
-}
-
-/// The names of cache modes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Cache {
-    /// Direct I/O: the host caches nothing
-    None,
-    /// The host's page cache
-    Writeback,
-}
-
-impl From<Cache> for CacheMode {
-    fn from(cache: Cache) -> Self {
-        match cache {
-            Cache::None => Self::None,
-            Cache::Writeback => Self::Writeback,
         }
     }
 }

@@ -3,8 +3,12 @@
 //!
 //! Standard output carries data and nothing else; see [`output`].
 
+mod add;
 mod create;
+mod del;
+mod features;
 mod image;
+mod list;
 mod log;
 mod output;
 mod size;
@@ -26,14 +30,27 @@ struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 
+    /// See [`DETACHED`].
+    #[arg(long, hide = true)]
+    detached: bool,
+
     #[command(subcommand)]
     verb: Verb,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    #[command(visible_alias = "attach")]
+    Add(Box<add::Args>),
+    #[command(visible_alias = "detach")]
+    Del(del::Args),
+    List(list::Args),
     Create(create::Args),
+    Features(features::Args),
 }
+
+/// Tells the program that it is the background process of `add`.
+const DETACHED: &str = "--detached";
 
 /// Runs the program: reads the arguments, does what they say, reports errors.
 pub fn main() -> ExitCode {
@@ -45,8 +62,15 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    log::to_terminal(cli.verbose);
+    // A process that serves a device has logs of its own.
+    if !matches!(cli.verb, Verb::Add(_)) {
+        log::to_terminal(cli.verbose);
+    }
     let result = match cli.verb {
+        Verb::Add(args) => add::run(*args, cli.detached, cli.verbose),
+        Verb::Del(args) => del::run(&args),
+        Verb::List(args) => list::run(&args),
+        Verb::Features(args) => features::run(&args),
         Verb::Create(args) => create::run(&args),
     };
     result.unwrap_or_else(|error| {

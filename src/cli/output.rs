@@ -55,7 +55,8 @@ pub(super) fn report(error: &Error) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-fn colour() -> bool {
+/// Whether standard error takes colours.
+pub(super) fn colour() -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     !refused && io::stderr().is_terminal()
 }

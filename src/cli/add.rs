@@ -1,0 +1,141 @@
+//! `add`: an image becomes a device.
+
+use std::path::{Path, PathBuf, absolute};
+use std::process::ExitCode;
+
+use super::image::PolicyArgs;
+use super::{done, log, output, size};
+use crate::config::{CacheSetting, DataPathSetting, DiscardSetting, Settings};
+use crate::daemon::{self, Hangup, Started};
+use crate::error::{Error, Result};
+
+/// Serve an image as a block device; prints the device when it can be used
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The image
+    image: Option<PathBuf>,
+
+    /// Read what is not said here from a file: a path, or NAME for
+    /// /etc/qcow2-ublk/NAME.toml
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Stay in the foreground; as a service of systemd this goes without saying
+    #[arg(long)]
+    foreground: bool,
+
+    /// The N of /dev/ublkbN [default: the first free one]
+    #[arg(short, long, value_name = "N")]
+    number: Option<u32>,
+
+    /// Hardware queues, each with a thread [default: as many as processors, up
+    /// to 4]
+    #[arg(short, long, value_name = "N")]
+    queues: Option<u16>,
+
+    /// Requests in flight in each queue [default: 128]
+    #[arg(short, long, value_name = "N")]
+    depth: Option<u16>,
+
+    /// Unit in which the disk is addressed, 512 or 4096 [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = block_size)]
+    logical_block_size: Option<u32>,
+
+    /// Do not write to the image
+    #[arg(short, long)]
+    read_only: bool,
+
+    /// How data moves between the kernel and us [default: auto]
+    #[arg(long, value_name = "PATH")]
+    data_path: Option<DataPathSetting>,
+
+    /// Direct I/O or the host's page cache [default: none, where the file
+    /// system can]
+    #[arg(long, value_name = "MODE")]
+    cache: Option<CacheSetting>,
+
+    /// What discards do [default: unmap]
+    #[arg(long, value_name = "WHAT")]
+    discard: Option<DiscardSetting>,
+
+    /// The kernel does not look for partitions
+    #[arg(long)]
+    no_part_scan: bool,
+
+    #[command(flatten)]
+    policy: PolicyArgs,
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text)?;
+    match bytes {
+        512 | 4096 => Ok(bytes as u32),
+        _ => Err("it is 512 or 4096".to_owned()),
+    }
+}
+
+impl Args {
+    /// What the command line says.
+    fn settings(self) -> Settings {
+        Settings {
+            image: self.image,
+            number: self.number,
+            queues: self.queues,
+            depth: self.depth,
+            logical_block_size: self.logical_block_size,
+            read_only: self.read_only.then_some(true),
+            data_path: self.data_path,
+            cache: self.cache,
+            discard: self.discard,
+            part_scan: self.no_part_scan.then_some(false),
+            allow_path: self.policy.allow_path,
+            trust_chain: self.policy.trust_chain.then_some(true),
+            backing_format: self.policy.backing_format,
+        }
+    }
+}
+
+/// Makes the device. In the foreground it is served until something stops it;
+/// otherwise a process in the background does that, and this one returns when
+/// the device can be used. `detached` is that process.
+pub(super) fn run(args: Args, detached: bool, verbose: u8) -> Result<ExitCode> {
+    let config = args.config.clone();
+    let by_systemd = std::env::var_os("NOTIFY_SOCKET").is_some();
+    let foreground = args.foreground || by_systemd;
+    let mut settings = args.settings();
+    if let Some(text) = config {
+        settings = settings.over(Settings::read(&Settings::locate(&text))?);
+    }
+    let mut plan = settings.plan()?;
+    // The process will go to the root directory.
+    let whole = |path: &Path| {
+        absolute(path).map_err(|e| Error::io("find out the whole path", e).path(path))
+    };
+    plan.image = whole(&plan.image)?;
+
+    if detached {
+        daemon::become_daemon();
+        log::to_service(verbose, true);
+        daemon::serve(&plan, Hangup::Ignore, daemon::let_go)?;
+        return done();
+    }
+    if foreground {
+        log::to_service(verbose, false);
+        let hangup = if by_systemd {
+            Hangup::Ignore
+        } else {
+            Hangup::Stop
+        };
+        daemon::serve(&plan, hangup, |path| {
+            output::print(&format!("{}\n", path.display()))
+        })?;
+        return done();
+    }
+    match daemon::start(super::DETACHED)? {
+        Started::Ready(path) => {
+            output::print(&format!("{}\n", path.display()))?;
+            done()
+        }
+        Started::Failed(code) => Ok(ExitCode::from(code)),
+    }
+}

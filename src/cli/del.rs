@@ -1,0 +1,101 @@
+//! `del`: devices go away.
+
+use std::process::ExitCode;
+
+use super::{done, output};
+use crate::daemon::Record;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ublk::{self, DeviceInfo};
+
+/// Flush, stop and remove devices
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The devices: /dev/ublkb0, ublkb0 or 0
+    #[arg(value_name = "DEVICE", required_unless_present = "all", value_parser = device_id)]
+    devices: Vec<u32>,
+
+    /// All devices of this program
+    #[arg(short, long, conflicts_with = "devices")]
+    all: bool,
+
+    /// Also those in use: their users' I/O fails from then on
+    #[arg(short, long)]
+    force: bool,
+}
+
+/// The N of `/dev/ublkbN`.
+fn device_id(text: &str) -> Result<u32, String> {
+    let name = text.strip_prefix("/dev/").unwrap_or(text);
+    let number = name.strip_prefix("ublkb").unwrap_or(name);
+    // Not "+1".
+    let digits = number.bytes().all(|b| b.is_ascii_digit());
+    number
+        .parse()
+        .ok()
+        .filter(|_| digits)
+        .ok_or_else(|| format!("{text:?} is not a device such as /dev/ublkb0, ublkb0 or 0"))
+}
+
+/// Removes what was named; goes on after a failure, and ends with the first
+/// one's exit code.
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let records = Record::all();
+    let ids = if args.all {
+        let devices = ublk::list()?;
+        records
+            .iter()
+            .filter(|record| devices.iter().any(|device| belongs(record, device)))
+            .map(|record| record.id)
+            .collect()
+    } else {
+        args.devices.clone()
+    };
+    let mut code = None;
+    for id in ids {
+        match ublk::remove(id, args.force) {
+            Ok(()) => {
+                // A server that was dead has left its record.
+                for record in records.iter().filter(|r| r.id == id && !r.is_alive()) {
+                    record.remove();
+                }
+                // Not data, so not on standard output.
+                eprintln!("qcow2-ublk: /dev/ublkb{id}: flushed, stopped and removed");
+            }
+            Err(error) => {
+                let error = forceable(error);
+                output::report(&error);
+                code.get_or_insert(error.exit_code());
+            }
+        }
+    }
+    code.map_or_else(done, |code| Ok(ExitCode::from(code)))
+}
+
+fn forceable(error: Error) -> Error {
+    if error.kind() == ErrorKind::Busy {
+        return error.cure("unmount or close it first, or use --force");
+    }
+    error
+}
+
+/// True when the record speaks of this device, and not of an earlier one with
+/// its number.
+pub(super) fn belongs(record: &Record, device: &DeviceInfo) -> bool {
+    // The driver forgets the process that has died.
+    record.id == device.id && device.pid.is_none_or(|pid| pid == record.pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_as_people_do() {
+        assert_eq!(device_id("/dev/ublkb12"), Ok(12));
+        assert_eq!(device_id("ublkb0"), Ok(0));
+        assert_eq!(device_id("7"), Ok(7));
+        for text in ["", "+1", "-1", "/dev/sda", "/dev/ublkb", "ublkc0", "0x1"] {
+            assert!(device_id(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! What a device is to be like: from the command line, from a TOML file, or
+//! from both. A key of the file is the name of the long option.
+
+mod file;
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::chain;
+use crate::engine;
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::ImageOptions;
+use crate::storage::CacheMode;
+use crate::ublk::{self, DataPath};
+
+/// Queues of a device that nobody has given a number of, at most.
+const DEFAULT_QUEUES: usize = 4;
+
+/// What has been said about a device. Whatever is absent is as usual.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Settings {
+    /// The image.
+    pub image: Option<PathBuf>,
+    /// The N of `/dev/ublkbN`.
+    pub number: Option<u32>,
+    /// Hardware queues.
+    pub queues: Option<u16>,
+    /// Requests in flight in each queue.
+    pub depth: Option<u16>,
+    /// The unit in which the disk is addressed: 512 or 4096 bytes.
+    pub logical_block_size: Option<u32>,
+    /// The image is not written to.
+    pub read_only: Option<bool>,
+    /// How data moves between the kernel and us.
+    pub data_path: Option<DataPathSetting>,
+    /// Direct I/O or page cache.
+    pub cache: Option<CacheSetting>,
+    /// What discards do.
+    pub discard: Option<DiscardSetting>,
+    /// The kernel looks for partitions.
+    pub part_scan: Option<bool>,
+    /// Folders that the image may refer to, besides its own.
+    pub allow_path: Vec<PathBuf>,
+    /// The image may refer to any file.
+    pub trust_chain: Option<bool>,
+    /// Format of backing files whose image records none.
+    pub backing_format: Option<BackingFormat>,
+}
+
+/// A data path, or the best there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPathSetting {
+    /// The best the kernel has
+    #[default]
+    Auto,
+    /// The driver copies (Linux 6.0)
+    Copy,
+    /// We copy (Linux 6.5)
+    UserCopy,
+    /// Nobody copies (Linux 6.16)
+    AutoBuf,
+}
+
+/// A cache mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheSetting {
+    /// Direct I/O: the host does not cache the image
+    None,
+    /// The host's page cache
+    Writeback,
+}
+
+impl From<CacheSetting> for CacheMode {
+    fn from(cache: CacheSetting) -> Self {
+        match cache {
+            CacheSetting::None => Self::None,
+            CacheSetting::Writeback => Self::Writeback,
+        }
+    }
+}
+
+/// What discards do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiscardSetting {
+    /// Give the space back to the host
+    #[default]
+    Unmap,
+    /// Nothing
+    Ignore,
+}
+
+/// The format of a backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackingFormat {
+    /// A qcow2 image
+    Qcow2,
+    /// The bytes of a disk
+    Raw,
+}
+
+impl BackingFormat {
+    /// As images record it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl Settings {
+    /// These settings, and where they say nothing, the `lower` ones.
+    #[must_use]
+    pub fn over(self, lower: Self) -> Self {
+        Self {
+            image: self.image.or(lower.image),
+            number: self.number.or(lower.number),
+            queues: self.queues.or(lower.queues),
+            depth: self.depth.or(lower.depth),
+            logical_block_size: self.logical_block_size.or(lower.logical_block_size),
+            read_only: self.read_only.or(lower.read_only),
+            data_path: self.data_path.or(lower.data_path),
+            cache: self.cache.or(lower.cache),
+            discard: self.discard.or(lower.discard),
+            part_scan: self.part_scan.or(lower.part_scan),
+            allow_path: if self.allow_path.is_empty() {
+                lower.allow_path
+            } else {
+                self.allow_path
+            },
+            trust_chain: self.trust_chain.or(lower.trust_chain),
+            backing_format: self.backing_format.or(lower.backing_format),
+        }
+    }
+
+    /// What the settings mean, with the usual values where they say nothing.
+    pub fn plan(self) -> Result<Plan> {
+        let image = self.image.ok_or_else(|| {
+            Error::new(ErrorKind::Usage, "the image is missing")
+                .cure("name it, or give a --config FILE that does")
+        })?;
+        let usual = ublk::Options::default();
+        let queues = self.queues.unwrap_or_else(|| {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            processors.min(DEFAULT_QUEUES) as u16
+        });
+        let logical_block = self.logical_block_size.unwrap_or(usual.logical_block);
+        if !matches!(logical_block, 512 | 4096) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("the logical block size is 512 or 4096, not {logical_block}"),
+            ));
+        }
+        let read_only = self.read_only.unwrap_or(false);
+        Ok(Plan {
+            image,
+            device: ublk::Options {
+                id: self.number,
+                queues,
+                depth: self.depth.unwrap_or(usual.depth),
+                logical_block,
+                read_only,
+                data_path: match self.data_path.unwrap_or_default() {
+                    DataPathSetting::Auto => None,
+                    DataPathSetting::Copy => Some(DataPath::Copy),
+                    DataPathSetting::UserCopy => Some(DataPath::UserCopy),
+                    DataPathSetting::AutoBuf => Some(DataPath::AutoBuf),
+                },
+                part_scan: self.part_scan.unwrap_or(usual.part_scan),
+                ..usual
+            },
+            chain: chain::Options {
+                writable: !read_only,
+                cache: self.cache.map_or(CacheMode::None, CacheMode::from),
+                policy: chain::Policy {
+                    trust_chain: self.trust_chain.unwrap_or(false),
+                    allow_paths: self.allow_path,
+                },
+                backing_format: self.backing_format.map(|format| format.name().to_owned()),
+                image: ImageOptions {
+                    queues: usize::from(queues),
+                    ..ImageOptions::default()
+                },
+                ..chain::Options::default()
+            },
+            cache_may_change: self.cache.is_none(),
+            engine: engine::Options {
+                discard: self.discard.unwrap_or_default() == DiscardSetting::Unmap,
+                request_unit: logical_block,
+            },
+        })
+    }
+}
+
+/// A device to be made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The image.
+    pub image: PathBuf,
+    /// The device's shape.
+    pub device: ublk::Options,
+    /// How the image and those below it are opened.
+    pub chain: chain::Options,
+    /// Nobody insists on the cache mode: where direct I/O is not possible,
+    /// the page cache will do.
+    pub cache_may_change: bool,
+    /// How requests are treated.
+    pub engine: engine::Options,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_beats_the_file() {
+        let file = Settings {
+            image: Some("/file.qcow2".into()),
+            queues: Some(3),
+            read_only: Some(true),
+            allow_path: vec!["/a".into()],
+            ..Settings::default()
+        };
+        let line = Settings {
+            queues: Some(2),
+            ..Settings::default()
+        };
+        let plan = line.over(file).plan().unwrap();
+        assert_eq!(plan.image, PathBuf::from("/file.qcow2"));
+        assert_eq!(plan.device.queues, 2);
+        assert_eq!(plan.chain.image.queues, 2);
+        assert!(plan.device.read_only && !plan.chain.writable);
+        assert_eq!(plan.chain.policy.allow_paths, [PathBuf::from("/a")]);
+    }
+
+    #[test]
+    fn what_is_impossible_is_refused() {
+        assert!(Settings::default().plan().is_err());
+        let odd = Settings {
+            image: Some("a".into()),
+            logical_block_size: Some(1024),
+            ..Settings::default()
+        };
+        assert!(odd.plan().unwrap_err().to_string().contains("1024"));
+    }
+}
