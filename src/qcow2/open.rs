@@ -44,13 +44,25 @@ const REFBLOCK_CACHE: u64 = 4 << 20;
 /// Reads the header of an image and checks it; not whether we support what it
 /// asks for.
 pub(crate) async fn read_header(storage: &Storage) -> Result<Header> {
+    let cluster0 = read_cluster0(storage).await?;
+    Header::parse(&cluster0, storage.len()).map_err(|e| e.path(storage.path()))
+}
+
+/// As [`read_header`], for reports about damaged images: whatever can be read
+/// at all is accepted.
+pub(crate) async fn read_damaged_header(storage: &Storage) -> Result<Header> {
+    let cluster0 = read_cluster0(storage).await?;
+    Header::parse_damaged(&cluster0).map_err(|e| e.path(storage.path()))
+}
+
+async fn read_cluster0(storage: &Storage) -> Result<Buf> {
     let file_len = storage.len();
     let mut start = Buf::take(PROBE_LEN.min(file_len as usize));
     storage.read(0, &mut start).await?;
     let prefix = Prefix::parse(&start).map_err(|e| e.path(storage.path()))?;
     let mut cluster0 = Buf::take(prefix.cluster_size());
     storage.read(0, &mut cluster0).await?;
-    Header::parse(&cluster0, file_len).map_err(|e| e.path(storage.path()))
+    Ok(cluster0)
 }
 
 impl Image {

@@ -8,6 +8,7 @@
 
 mod backend;
 mod durable;
+mod holes;
 pub mod lock;
 mod lock_holder;
 mod open;
@@ -26,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::Payload;
 use backend::{Backend, Unsupported};
 use durable::Durability;
+pub use holes::FileExtent;
 pub use lock::{Locks, Role};
 pub use transfer::Transfer;
 

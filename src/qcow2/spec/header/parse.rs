@@ -131,6 +131,20 @@ impl Header {
     /// offset of the field that does), `Unsupported` if it uses what the
     /// format did not have when this was written.
     pub fn parse(cluster0: &[u8], file_len: u64) -> Result<Self> {
+        let header = Self::parse_fields(cluster0)?;
+        header.check(Some(file_len))?;
+        Ok(header)
+    }
+
+    /// As [`Header::parse`], for reports about damaged images: the tables may
+    /// lie behind the end of the file and over each other.
+    pub fn parse_damaged(cluster0: &[u8]) -> Result<Self> {
+        let header = Self::parse_fields(cluster0)?;
+        header.check_damaged()?;
+        Ok(header)
+    }
+
+    fn parse_fields(cluster0: &[u8]) -> Result<Self> {
         let (prefix, raw) = Prefix::with_fields(cluster0)?;
         let cluster0 = whole(cluster0, prefix.cluster_size());
         let v3 = prefix.version == 3;
@@ -165,7 +179,7 @@ impl Header {
         } else {
             0
         };
-        let header = Self {
+        Ok(Self {
             version: prefix.version,
             cluster_bits: prefix.cluster_bits,
             size: raw.size.get(),
@@ -195,9 +209,7 @@ impl Header {
                 .to_vec(),
             extensions: extensions?,
             backing_file,
-        };
-        header.check(Some(file_len))?;
-        Ok(header)
+        })
     }
 }
 

@@ -18,7 +18,18 @@ impl Header {
     pub(super) fn check(&self, file_len: Option<u64>) -> Result<()> {
         self.check_features()?;
         self.check_crypto()?;
-        self.check_tables(file_len)
+        let tables = self.check_tables(file_len)?;
+        for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+            tables[a].check_apart(&tables[b], self.cluster_bits)?;
+        }
+        Ok(())
+    }
+
+    /// Checks the rules without which nothing of the image can be read.
+    pub(super) fn check_damaged(&self) -> Result<()> {
+        self.check_features()?;
+        self.check_crypto()?;
+        self.check_tables(None).map(drop)
     }
 
     fn check_features(&self) -> Result<()> {
@@ -92,7 +103,7 @@ impl Header {
         }
     }
 
-    fn check_tables(&self, file_len: Option<u64>) -> Result<()> {
+    fn check_tables(&self, file_len: Option<u64>) -> Result<[Table; 3]> {
         if self.size >> 63 != 0 {
             return Err(invalid(
                 format!("the virtual size of {} bytes is impossible", self.size),
@@ -162,10 +173,7 @@ impl Header {
         for table in &tables {
             table.check(self.cluster_bits, file_len)?;
         }
-        for (a, b) in [(0, 1), (0, 2), (1, 2)] {
-            tables[a].check_apart(&tables[b], self.cluster_bits)?;
-        }
-        Ok(())
+        Ok(tables)
     }
 }
 
