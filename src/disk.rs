@@ -101,7 +101,7 @@ impl Disk {
 }
 
 /// Runs a future on this thread, with blocking operations.
-fn blocking<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn blocking<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     thread_local! {
         static RUNTIME: std::io::Result<Runtime> = Runtime::inline();
     }

@@ -10,6 +10,7 @@ mod disk;
 pub mod engine;
 pub mod error;
 pub mod qcow2;
+pub mod report;
 pub mod runtime;
 pub mod storage;
 pub mod ublk;

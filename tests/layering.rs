@@ -33,7 +33,10 @@ fn used(source: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     // Tests inside a file may use what they like.
     let code = source.split("#[cfg(test)]").next().unwrap_or_default();
-    for line in code.lines().filter(|line| !line.trim_start().starts_with("//")) {
+    for line in code
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+    {
         for part in line.split("crate::").skip(1) {
             let name: String = part
                 .chars()
@@ -47,7 +50,10 @@ fn used(source: &str) -> BTreeSet<String> {
 
 fn all_sources() -> Vec<PathBuf> {
     let mut files = Vec::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    sources(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        &mut files,
+    );
     assert!(files.len() > 30, "the sources are where this test looks");
     files
 }
@@ -58,7 +64,12 @@ fn module(file: &Path) -> String {
         .strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src"))
         .unwrap();
     let first = inside.components().next().unwrap().as_os_str();
-    Path::new(first).file_stem().unwrap().to_str().unwrap().to_owned()
+    Path::new(first)
+        .file_stem()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned()
 }
 
 #[test]
@@ -69,7 +80,10 @@ fn modules_use_only_what_is_below_them() {
         let Some((_, allowed)) = ALLOWED.iter().find(|(name, _)| *name == module) else {
             continue;
         };
-        if file.file_name().is_some_and(|name| name.to_str().unwrap().contains("test")) {
+        if file
+            .file_name()
+            .is_some_and(|name| name.to_str().unwrap().contains("test"))
+        {
             continue;
         }
         for name in used(&fs::read_to_string(&file).unwrap()) {

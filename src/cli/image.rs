@@ -36,3 +36,31 @@ impl PolicyArgs {
         }
     }
 }
+
+/// How a report is printed.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(super) struct Report {
+    /// Print JSON, with the keys of qemu-img
+    #[arg(short = 'J', long)]
+    json: bool,
+
+    /// The same as --json, as qemu-img spells it
+    #[arg(long, value_name = "human|json", value_parser = ["human", "json"], conflicts_with = "json")]
+    output: Option<String>,
+
+    /// Format of the image; there is only one
+    #[arg(short, long, value_name = "qcow2", value_parser = ["qcow2"])]
+    format: Option<String>,
+}
+
+impl Report {
+    /// JSON is wanted.
+    pub(super) fn json(&self) -> bool {
+        self.json || self.output.as_deref() == Some("json")
+    }
+
+    /// The caller vouches for the format.
+    pub(super) fn format_given(&self) -> bool {
+        self.format.is_some()
+    }
+}

@@ -4,6 +4,7 @@
 //! Standard output carries data and nothing else; see [`output`].
 
 mod add;
+mod check;
 mod create;
 mod del;
 mod features;
@@ -45,6 +46,7 @@ enum Verb {
     #[command(visible_alias = "detach")]
     Del(del::Args),
     List(list::Args),
+    Check(check::Args),
     Create(create::Args),
     Features(features::Args),
 }
@@ -71,6 +73,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Del(args) => del::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Features(args) => features::run(&args),
+        Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -180,7 +180,11 @@ impl Counts {
     /// there is none: whole chunks without uses are passed over.
     pub(super) fn next_used(&self, from: u64) -> u64 {
         let first = (from / CHUNK as u64) as usize;
-        match self.chunks.get(first..).and_then(|chunks| chunks.iter().position(Option::is_some)) {
+        match self
+            .chunks
+            .get(first..)
+            .and_then(|chunks| chunks.iter().position(Option::is_some))
+        {
             Some(0) => from,
             Some(n) => (first + n) as u64 * CHUNK as u64,
             None => self.len.max(from),

@@ -265,7 +265,10 @@ impl fmt::Display for Problem {
                 write!(f, "snapshot {index} lacks its disk size")
             }
             Self::SnapshotsWithDataFile { count } => {
-                write!(f, "{count} snapshots in an image with an external data file")
+                write!(
+                    f,
+                    "{count} snapshots in an image with an external data file"
+                )
             }
             Self::BadBitmapDirectory { reason } => write!(f, "the bitmap directory: {reason}"),
         }

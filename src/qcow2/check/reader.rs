@@ -25,13 +25,7 @@ impl<'a> Reader<'a> {
             storage,
             allocated,
             sparse: allocated < storage.len(),
-            known: (
-                0,
-                FileExtent {
-                    data: true,
-                    end: 0,
-                },
-            ),
+            known: (0, FileExtent { data: true, end: 0 }),
         })
     }
 

@@ -36,8 +36,9 @@ impl Checker<'_> {
             }
             let head = &window.1[(at - window.0) as usize..][..HEAD_LEN];
             let here = HostOffset(start.0 + at);
-            let padded = entry_len(head, here)
-                .map_err(|e| e.context(format!("cannot read entry {index} of the snapshot table")))?;
+            let padded = entry_len(head, here).map_err(|e| {
+                e.context(format!("cannot read entry {index} of the snapshot table"))
+            })?;
             let number = |from: usize, len: usize| {
                 let bytes = head[from..from + len].iter();
                 bytes.fold(0u64, |n, &byte| n << 8 | u64::from(byte))

@@ -33,10 +33,7 @@ mod tests {
     #[test]
     fn overlapping_ranges_become_pieces() {
         let found = super::pieces([(10, 20), (15, 30), (15, 20), (40, 40), (30, 31)]);
-        assert_eq!(
-            found,
-            [(10, 15, 1), (15, 20, 3), (20, 30, 1), (30, 31, 1)]
-        );
+        assert_eq!(found, [(10, 15, 1), (15, 20, 3), (20, 30, 1), (30, 31, 1)]);
         assert!(super::pieces([]).is_empty());
     }
 }

@@ -337,8 +337,7 @@ impl Checker<'_> {
         let offset = raw & ((1 << shift) - 1);
         if raw & COPIED != 0 {
             self.bad_l2_entry(table, entry, Rule::CopiedCompressed);
-            // As QEMU counts such an entry: its length is not believed.
-            raw = offset;
+            raw &= !COPIED;
         }
         if self.external {
             self.bad_l2_entry(table, entry, Rule::CompressedExternal);
@@ -348,7 +347,7 @@ impl Checker<'_> {
             self.bad_l2_entry(table, entry, Rule::CompressedSubclusters);
             return;
         }
-        let sectors = ((raw & !(COPIED | COMPRESSED)) >> shift) + 1;
+        let sectors = ((raw & !COMPRESSED) >> shift) + 1;
         let len = sectors * 512 - offset % 512;
         self.count(Part::Compressed, offset, len, table.total);
         self.report.allocated_clusters += table.active;
@@ -359,7 +358,9 @@ impl Checker<'_> {
 
     #[inline]
     fn check_copied(&mut self, table: &L2Table, at: HostOffset, entry: u64, single: bool) {
-        if table.active > 0 && single != (entry & COPIED != 0) {
+        // An L1 entry with an offset of 0 has led to the header, as it does in
+        // QEMU; there, nobody expects COPIED flags.
+        if table.active > 0 && table.offset != 0 && single != (entry & COPIED != 0) {
             let problem = Problem::Copied {
                 table: Part::L2Table,
                 at,
