@@ -4,7 +4,6 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use qcow2_ublk::qcow2::check::{CheckReport, Finding};
@@ -12,7 +11,7 @@ use qcow2_ublk::qcow2::spec::{HostOffset, L1Entry, L2Entry};
 use qcow2_ublk::report;
 use serde_json::Value;
 
-use common::{Reader, half_random, qemu_img, qemu_io, run};
+use common::{Reader, half_random, qemu_img, qemu_io};
 
 /// A generator of numbers that is the same everywhere.
 struct Random(u64);
@@ -216,7 +215,7 @@ fn random_damage() {
                     1 => old ^ 1 << 63,
                     2 => old ^ 1 << (9 + random.below(16)),
                     3 => old.wrapping_add(cluster),
-                    4 => random.below(good.len() as u64 / cluster) * cluster | old & 1 << 63,
+                    4 => (random.below(good.len() as u64 / cluster) * cluster) | (old & (1 << 63)),
                     _ => random.next(),
                 };
                 what += &format!(" {at:#x}: {old:#x} -> {new:#x}");

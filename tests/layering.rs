@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("engine", &["chain", "qcow2", "storage", "runtime"]),
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "runtime"]),
+    ("report", &["disk", "chain", "qcow2", "storage"]),
     ("config", &[]),
 ];
 

@@ -67,7 +67,7 @@ impl Checker<'_> {
             return Ok(None);
         }
         let len = self.geometry.cluster_size();
-        if offset % len != 0 || offset > i64::MAX as u64 - len {
+        if !offset.is_multiple_of(len) || offset > i64::MAX as u64 - len {
             self.stored.bad.insert(index);
             return Ok(None);
         }
@@ -141,7 +141,7 @@ impl Checker<'_> {
             let offset = entry & BLOCK_OFFSET;
             let rule = if entry & RESERVED != 0 {
                 Some(Rule::ReservedBits)
-            } else if offset % len != 0 {
+            } else if !offset.is_multiple_of(len) {
                 Some(Rule::Misaligned)
             } else if offset / len >= self.clusters {
                 Some(Rule::BlockOutside)

@@ -73,7 +73,7 @@ impl Checker<'_> {
         let mut places = Vec::new();
         for (index, &(offset, entries)) in table.l1s.iter().enumerate() {
             let len = u64::from(entries) * 8;
-            if offset % self.geometry.cluster_size() != 0 || len > MAX_L1_BYTES {
+            if !offset.is_multiple_of(self.geometry.cluster_size()) || len > MAX_L1_BYTES {
                 let problem = Problem::BadSnapshotL1 { index };
                 self.found(Severity::Corruption, 1, problem);
             } else if offset > i64::MAX as u64 - len {

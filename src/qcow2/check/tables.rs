@@ -142,7 +142,7 @@ impl Checker<'_> {
         }
         let offset = entry & OFFSET;
         self.count(Part::L2Table, offset, self.geometry.cluster_size(), times);
-        let misaligned = offset % self.geometry.cluster_size() != 0;
+        let misaligned = !offset.is_multiple_of(self.geometry.cluster_size());
         if misaligned {
             self.found(Severity::Corruption, times, bad(Rule::Misaligned));
         }
