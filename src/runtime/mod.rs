@@ -147,10 +147,19 @@ pub fn register_file(fd: RawFd) -> io::Result<()> {
 
 /// Makes the rings of all threads forget a registered file; to be called
 /// before its descriptor is closed, for its number may be given to another
-/// file at once. Another thread's ring keeps the file itself open until that
-/// thread's next operation.
+/// file at once.
+///
+/// The current thread's ring lets go of it now. Another thread's ring keeps
+/// the file itself open, and with it the locks on it, until that thread's next
+/// operation.
 pub fn closing_file(fd: RawFd) {
     reactor::announce_close(fd);
+    // A thread's locals may be gone when the last files are closed.
+    let _ = CURRENT.try_with(|current| {
+        if let Some(reactor) = current.borrow().as_ref() {
+            reactor.file_slot(fd);
+        }
+    });
 }
 
 /// Starts a task on the current thread's runtime.

@@ -46,3 +46,16 @@ pub fn logical_block_size(device: &File) -> io::Result<u32> {
     }
     u32::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EIO))
 }
+
+/// Whether a block device takes no writes. Many can be opened for writing all
+/// the same.
+pub fn is_read_only_device(device: &File) -> io::Result<bool> {
+    const BLKROGET: libc::Ioctl = nix::request_code_none!(0x12, 94) as libc::Ioctl;
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: BLKROGET stores one int, into a live one.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut read_only) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(read_only != 0)
+}

@@ -18,10 +18,9 @@ pub(super) struct Durability {
     /// Held while a sync is under way. One at a time: of two at once the
     /// kernel tells only one of a failure, and the other would report
     /// success.
-    ///
-    /// The number of the last sync that succeeded.
-    running: Mutex<u64>,
-    /// The number of the last sync that was begun.
+    running: Mutex<()>,
+    /// How many syncs were begun. All but one under way succeeded: a failure
+    /// latches.
     begun: AtomicU64,
 }
 
@@ -62,18 +61,17 @@ impl Storage {
         let durability = &self.durability;
         // A sync that begins after this line covers all that is complete now.
         let wanted = durability.begun.load(Ordering::SeqCst) + 1;
-        let mut succeeded = durability.running.lock().await;
+        let _running = durability.running.lock().await;
         durability.check(&self.path)?;
-        if *succeeded >= wanted {
+        if durability.begun.load(Ordering::SeqCst) >= wanted {
             return Ok(());
         }
-        let number = durability.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        durability.begun.fetch_add(1, Ordering::SeqCst);
         let latch = LatchOnDrop(durability);
         loop {
             match self.backend.sync().await {
                 Ok(_) => {
                     std::mem::forget(latch);
-                    *succeeded = number;
                     return Ok(());
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}

@@ -9,7 +9,7 @@
 mod backend;
 mod durable;
 mod holes;
-pub mod lock;
+mod lock;
 mod lock_holder;
 mod open;
 pub mod sim;

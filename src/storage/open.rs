@@ -191,6 +191,14 @@ fn set_up(
         )
         .path(path));
     }
+    if options.writable
+        && block_device
+        && sys::is_read_only_device(file).map_err(|e| failed("examine the device", e))?
+    {
+        return Err(Error::new(ErrorKind::ReadOnly, "the device is read-only")
+            .path(path)
+            .cure("open it read-only"));
+    }
     // io_uring fails operations on a non-blocking file with EAGAIN.
     flags.remove(OFlag::O_NONBLOCK);
     flags.set(OFlag::O_DIRECT, options.cache == CacheMode::None);
@@ -217,7 +225,7 @@ fn set_up(
         Some(needs) if needs.offset == 0 => Err(unable()),
         Some(needs) => Ok(Some(Alignment {
             offset: needs.offset,
-            memory: needs.memory,
+            memory: needs.memory.max(1),
             allocation: sector,
         })),
         None if block_device => Ok(Some(Alignment {

@@ -122,6 +122,11 @@ impl<'a> Transfer<'a> {
         self.offset + self.done
     }
 
+    /// The unit of offsets and lengths without detour.
+    fn unit(&self) -> u64 {
+        self.storage.alignment().into()
+    }
+
     fn is_complete(&self) -> bool {
         self.done == self.payload.len()
     }
@@ -135,7 +140,7 @@ impl<'a> Transfer<'a> {
         }
         let storage = self.storage;
         let position = self.position();
-        let unit = u64::from(storage.alignment.offset);
+        let unit = self.unit();
         let aligned = (position | rest) & (unit - 1) == 0;
         if aligned {
             let largest = if self.payload.is_zeros() {
@@ -201,10 +206,13 @@ impl<'a> Transfer<'a> {
         };
         let stopped = start + moved;
         let progress = match &self.step {
+            // Part of a unit is written again with the rest of it, for a
+            // direct write has to begin at its start.
+            _ if self.direction == Direction::Write => moved & !(self.unit() - 1),
             Step::Direct(_) => moved,
             Step::Bounce { buf, skip, len, .. } => {
                 let bytes = moved.saturating_sub(*skip).min(*len);
-                if bytes > 0 && self.direction == Direction::Read {
+                if bytes > 0 {
                     self.payload
                         .slice(self.done, bytes)
                         .copy_from(&buf[*skip as usize..(*skip + bytes) as usize])
@@ -219,7 +227,7 @@ impl<'a> Transfer<'a> {
         match self.direction {
             Direction::Write => {
                 self.storage.grown_to(stopped);
-                if progress == 0 {
+                if moved == 0 || self.stalls > 1 {
                     return Err(self.error_at(self.position(), no_progress()));
                 }
             }

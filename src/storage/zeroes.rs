@@ -101,8 +101,8 @@ impl Storage {
                     return Ok(Outcome::Refused);
                 }
                 // This range, perhaps not the next: some file systems want
-                // whole blocks.
-                Some(libc::EINVAL) => return Ok(Outcome::Refused),
+                // whole blocks, and a device that others use too may be busy.
+                Some(libc::EINVAL | libc::EBUSY) => return Ok(Outcome::Refused),
                 _ => {
                     let doing = match what {
                         Allocation::ZeroRange => "zero a range",

@@ -49,16 +49,17 @@ mod disk;
 mod history;
 mod hold;
 mod image;
+mod machine;
 mod rng;
 #[cfg(test)]
 mod tests;
 
 pub use crash::{Crash, CrashImages, crash_images};
 pub use disk::{Fault, SimDisk, SimKind, SimRequest};
-pub(super) use disk::{SimBackend, SimOp};
 pub use history::{Change, History, Record};
 pub use hold::Hold;
 pub use image::Image;
+pub(super) use machine::{SimBackend, SimOp};
 pub use rng::Rng;
 
 #[cfg(doc)]

@@ -1,5 +1,9 @@
 //! Storage of every kind does what a vector of bytes does.
 
+mod durability;
+mod faults;
+mod opening;
+
 use std::fs::File;
 use std::future::Future;
 use std::path::PathBuf;
