@@ -5,8 +5,6 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-
 /// `Result` with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -207,12 +205,20 @@ impl fmt::Display for Error {
         }
         if let Some(source) = &self.0.source {
             match source.raw_os_error() {
-                // Without the number that io::Error adds.
-                Some(errno) => write!(f, ": {}", Errno::from_raw(errno).desc())?,
+                Some(errno) => write!(f, ": {}", errno_text(errno))?,
                 None => write!(f, ": {source}")?,
             }
         }
         Ok(())
+    }
+}
+
+/// The system's words for an errno, without the number that `io::Error` adds.
+pub(crate) fn errno_text(errno: i32) -> String {
+    let text = io::Error::from_raw_os_error(errno).to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_owned(),
+        None => text,
     }
 }
 

@@ -75,10 +75,10 @@ fn plan(args: &Args) -> Result<Plan> {
                 size.get_or_insert(size::parse(value).map_err(usage)?);
             }
             "backing_file" => {
-                backing.get_or_insert(value.into());
+                backing.get_or_insert_with(|| value.into());
             }
             "backing_fmt" => {
-                format.get_or_insert(value.to_owned());
+                format.get_or_insert_with(|| value.to_owned());
             }
             "cluster_size" => image.cluster_size = size::parse(value).map_err(usage)?,
             "compat" => image.version = parse_compat(value)?,

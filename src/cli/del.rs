@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use super::{done, output};
 use crate::daemon::Record;
-use crate::error::{Error, ErrorKind, Result};
-use crate::ublk::{self, DeviceInfo};
+use crate::error::Result;
+use crate::ublk::{self, DeviceInfo, State};
 
 /// Flush, stop and remove devices
 #[derive(Debug, clap::Args)]
@@ -52,6 +52,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let mut code = None;
     for id in ids {
+        let served = ublk::info(id).is_ok_and(|device| device.state == State::Live);
         match ublk::remove(id, args.force) {
             Ok(()) => {
                 // A server that was dead has left its record.
@@ -59,23 +60,20 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                     record.remove();
                 }
                 // Not data, so not on standard output.
-                eprintln!("qcow2-ublk: /dev/ublkb{id}: flushed, stopped and removed");
+                let what = if served {
+                    "flushed, stopped and removed"
+                } else {
+                    "removed; nobody was serving it"
+                };
+                eprintln!("qcow2-ublk: /dev/ublkb{id}: {what}");
             }
             Err(error) => {
-                let error = forceable(error);
                 output::report(&error);
-                code.get_or_insert(error.exit_code());
+                code.get_or_insert_with(|| error.exit_code());
             }
         }
     }
     code.map_or_else(done, |code| Ok(ExitCode::from(code)))
-}
-
-fn forceable(error: Error) -> Error {
-    if error.kind() == ErrorKind::Busy {
-        return error.cure("unmount or close it first, or use --force");
-    }
-    error
 }
 
 /// True when the record speaks of this device, and not of an earlier one with

@@ -9,6 +9,7 @@ mod create;
 mod del;
 mod features;
 mod image;
+mod io;
 mod list;
 mod log;
 mod output;
@@ -48,6 +49,7 @@ enum Verb {
     List(list::Args),
     Check(check::Args),
     Create(create::Args),
+    Io(io::Args),
     Features(features::Args),
 }
 
@@ -72,6 +74,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Add(args) => add::run(*args, cli.detached, cli.verbose),
         Verb::Del(args) => del::run(&args),
         Verb::List(args) => list::run(&args),
+        Verb::Io(args) => io::run(&args),
         Verb::Features(args) => features::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),

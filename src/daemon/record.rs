@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(mode(&folder), 0o700);
         assert_eq!(mode(&folder.join("ublkb3.json")), 0o600);
         fs::write(folder.join("ublkb4.json"), "nonsense").unwrap();
-        assert_eq!(Record::all_in(&folder), [own.clone()]);
+        assert_eq!(Record::all_in(&folder), vec![own.clone()]);
         assert!(own.is_alive());
 
         // The same number, another process.
