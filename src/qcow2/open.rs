@@ -100,11 +100,12 @@ impl Image {
             table_offset: header.refcount_table_offset,
             table_dirty: BTreeSet::new(),
         };
-        // Never more than what maps the whole disk.
-        let whole = geometry
+        // Twice what maps the whole disk is enough: with half of the cache
+        // dirty, writers are made to wait for a write-back.
+        let enough = geometry
             .clusters_for(header.virtual_size())
-            .saturating_mul(8)
-            .max(geometry.l2_table_bytes());
+            .saturating_mul(2 * 8)
+            .max(256 << 10);
         let queues = options.queues.max(1);
         let nothing = Run {
             first: 0,
@@ -119,7 +120,7 @@ impl Image {
             l2: SliceCache::new(
                 "L2 table",
                 geometry.l2_table_bytes(),
-                options.l2_cache.min(whole),
+                options.l2_cache.min(enough),
             ),
             refblocks: SliceCache::new("refcount block", geometry.cluster_size(), REFBLOCK_CACHE),
             inflated: Inflated::new(geometry.cluster_size()),
