@@ -8,11 +8,15 @@
 //! both win.
 //!
 //! The locks are gone when the last duplicate of the descriptor is closed, in
-//! whatever process that is.
+//! whatever process that is. An io_uring the file is registered with counts as
+//! one, and the kernel takes it down only a while after its process has ended;
+//! so locks are given up by hand where that is possible, and somebody's that
+//! belong to no living process are waited for a little.
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -52,6 +56,9 @@ const RIGHTS: u16 = 4;
 const USED_BASE: u16 = 100;
 /// First byte of the rights that others must not use.
 const UNSHARED_BASE: u16 = 200;
+
+/// How long locks that belong to no living process are waited for.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// A set of lock bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,7 +134,20 @@ impl Held {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Bytes::of(locks);
         let added = wanted.without(*held);
-        let taken = take(file, added).and_then(|()| test(file, wanted));
+        let deadline = Instant::now() + LINGER;
+        let taken = loop {
+            let taken = take(file, added).and_then(|()| test(file, wanted));
+            match &taken {
+                Err(Refusal::Conflict(byte))
+                    if Instant::now() < deadline
+                        && lock_holder::describe(file, *byte).is_none() =>
+                {
+                    release(file, added);
+                    std::thread::sleep(LINGER / 10);
+                }
+                _ => break taken,
+            }
+        };
         match taken {
             Ok(()) => {
                 release(file, held.without(wanted));
@@ -148,6 +168,14 @@ impl Held {
                 Err(refusal.explain(file, path))
             }
         }
+    }
+}
+
+impl Held {
+    /// Gives up all of them.
+    pub(super) fn give_up(&self, file: &File) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        release(file, std::mem::take(&mut *held));
     }
 }
 

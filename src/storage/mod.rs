@@ -112,6 +112,14 @@ pub struct Storage {
     unsupported: Unsupported,
 }
 
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if let Backend::Host(file) = &self.backend {
+            self.locks.give_up(file.file());
+        }
+    }
+}
+
 impl Storage {
     /// The file's name, for messages.
     pub fn path(&self) -> &Path {
