@@ -1,6 +1,7 @@
 //! The layers of a disk, top to base.
 
 mod create;
+mod map;
 mod name;
 mod open;
 mod policy;
@@ -11,6 +12,7 @@ use crate::qcow2::Image;
 use crate::storage::Storage;
 
 pub use create::{backing_size, create};
+pub use map::MapEntry;
 pub use open::{Options, open};
 pub use policy::Policy;
 

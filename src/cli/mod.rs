@@ -12,6 +12,7 @@ mod image;
 mod io;
 mod list;
 mod log;
+mod map;
 mod output;
 mod size;
 
@@ -50,6 +51,7 @@ enum Verb {
     Check(check::Args),
     Create(create::Args),
     Io(io::Args),
+    Map(map::Args),
     Features(features::Args),
 }
 
@@ -76,6 +78,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::List(args) => list::run(&args),
         Verb::Io(args) => io::run(&args),
         Verb::Features(args) => features::run(&args),
+        Verb::Map(args) => map::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),
     };

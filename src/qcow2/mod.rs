@@ -14,6 +14,7 @@ mod map;
 mod meta;
 mod metadata;
 mod open;
+mod preallocated;
 mod refcount;
 pub mod spec;
 
