@@ -1,12 +1,13 @@
 //! Reports about images, for ordinary programs: they block, and change
 //! nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::chain::{self, MapEntry};
 use crate::disk::blocking;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::check::{self, CheckReport, Finding};
+use crate::qcow2::info::{self, ImageInfo};
 use crate::storage::{Locks, OpenOptions, Role, Storage};
 
 /// Checks the qcow2 image at `path`, whatever its condition; files below it
@@ -40,6 +41,67 @@ pub fn map(
             .map(start, end, |entry| emit(entry, file(entry.depth)))
             .await
     })
+}
+
+/// What there is to know about one file of a chain.
+#[derive(Debug)]
+pub struct LayerInfo {
+    /// Its name.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub file_len: u64,
+    /// Bytes it takes on its host.
+    pub allocated: u64,
+    /// It is a block device.
+    pub block_device: bool,
+    /// What the image in it says; `None` for a raw disk.
+    pub image: Option<ImageInfo>,
+}
+
+impl LayerInfo {
+    async fn of(storage: &Storage, raw: bool) -> Result<Self> {
+        Ok(Self {
+            path: storage.path().to_owned(),
+            file_len: storage.len(),
+            allocated: storage.allocated_bytes()?,
+            block_device: storage.is_block_device(),
+            image: if raw {
+                None
+            } else {
+                Some(info::info(storage).await?)
+            },
+        })
+    }
+}
+
+/// What the image at `path` says about itself, and with `options` that do not
+/// leave them out ([`chain::Options::no_backing`]) the files below it.
+pub fn info(path: &Path, options: &chain::Options) -> Result<Vec<LayerInfo>> {
+    let mut storage = open_one(path, options.force_share)?;
+    let mut raw = false;
+    let mut seen = Vec::new();
+    let mut layers: Vec<LayerInfo> = Vec::new();
+    loop {
+        if seen.contains(&storage.identity()) || seen.len() >= chain::MAX_LAYERS {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the backing chain is a loop, or too deep",
+            )
+            .path(storage.path())
+            .cure("look at each image without --backing-chain"));
+        }
+        seen.push(storage.identity());
+        let layer = blocking(LayerInfo::of(&storage, raw))?;
+        let below = match &layer.image {
+            Some(image) => chain::open_below(&image.header, &layer.path, options)?,
+            None => None,
+        };
+        layers.push(layer);
+        let Some(below) = below else {
+            return Ok(layers);
+        };
+        (storage, raw) = (below.storage, below.raw);
+    }
 }
 
 fn open_one(path: &Path, force_share: bool) -> Result<Storage> {

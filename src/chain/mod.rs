@@ -13,6 +13,7 @@ use crate::storage::Storage;
 
 pub use create::{backing_size, create};
 pub use map::MapEntry;
+pub(crate) use open::{MAX_LAYERS, open_below};
 pub use open::{Options, open};
 pub use policy::Policy;
 

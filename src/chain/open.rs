@@ -10,7 +10,7 @@ use crate::qcow2::{Header, Image, ImageOptions};
 use crate::storage::{CacheMode, Locks, OpenOptions, Role, Storage};
 
 /// Deepest chain that is opened.
-const MAX_LAYERS: usize = 64;
+pub(crate) const MAX_LAYERS: usize = 64;
 
 /// How a chain is opened.
 #[derive(Clone, Debug, Default)]
@@ -113,6 +113,31 @@ async fn open_image(
     }
     drop(image);
     Image::open(open(CacheMode::Writeback)?, &options.image).await
+}
+
+/// A file below an image, opened for a report.
+pub(crate) struct Below {
+    pub(crate) storage: Storage,
+    /// Not qcow2.
+    pub(crate) raw: bool,
+}
+
+/// Opens the file below the image `inside` for reading, whatever features it
+/// has, if there is one and the policy allows it.
+pub(crate) fn open_below(
+    header: &Header,
+    inside: &Path,
+    options: &Options,
+) -> Result<Option<Below>> {
+    let Some(reference) = backing_of(header, inside, options)? else {
+        return Ok(None);
+    };
+    let fd = options.policy.open(&reference.path, inside)?;
+    let how = OpenOptions::read_only().locks(locks(options, false));
+    Ok(Some(Below {
+        storage: Storage::from_fd(fd, &reference.path, &how)?,
+        raw: reference.raw,
+    }))
 }
 
 /// A backing file as its image names it.

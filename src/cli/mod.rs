@@ -10,6 +10,7 @@ mod del;
 mod features;
 mod image;
 mod io;
+mod info;
 mod list;
 mod log;
 mod map;
@@ -51,6 +52,7 @@ enum Verb {
     Check(check::Args),
     Create(create::Args),
     Io(io::Args),
+    Info(info::Args),
     Map(map::Args),
     Features(features::Args),
 }
@@ -78,6 +80,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::List(args) => list::run(&args),
         Verb::Io(args) => io::run(&args),
         Verb::Features(args) => features::run(&args),
+        Verb::Info(args) => info::run(&args),
         Verb::Map(args) => map::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),

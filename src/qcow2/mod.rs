@@ -9,6 +9,7 @@ pub mod create;
 mod flush;
 mod grace;
 mod grow;
+pub mod info;
 mod lookup;
 mod map;
 mod meta;

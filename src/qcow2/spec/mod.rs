@@ -11,6 +11,7 @@ mod bytes;
 pub mod entry;
 pub mod geometry;
 pub mod header;
+pub mod luks;
 pub mod refcount;
 pub mod snapshot;
 

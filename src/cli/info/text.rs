@@ -1,0 +1,175 @@
+//! The report for people: the lines of `qemu-img info`.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+
+use super::view::{Info, SnapshotView, SpecificData};
+use crate::cli::output::printable;
+use crate::cli::size;
+
+/// The report as lines.
+pub(super) fn of(info: &Info) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{name}: {}", printable(value));
+    };
+    line("image", &info.filename);
+    line("file format", info.format);
+    line("virtual size", &bytes(info.virtual_size));
+    line("disk size", &size::human(info.actual_size));
+    if info.encrypted {
+        line("encrypted", "yes");
+    }
+    if let Some(cluster_size) = info.cluster_size {
+        line("cluster_size", &cluster_size.to_string());
+    }
+    if info.dirty_flag {
+        line("cleanly shut down", "no");
+    }
+    if let Some(name) = &info.backing_filename {
+        match &info.full_backing_filename {
+            Some(full) if full != name => {
+                line("backing file", &format!("{name} (actual path: {full})"));
+            }
+            _ => line("backing file", name),
+        }
+    }
+    if let Some(format) = &info.backing_filename_format {
+        line("backing file format", format);
+    }
+    if !info.snapshots.is_empty() {
+        text += "Snapshot list:\n";
+        snapshots(&mut text, &info.snapshots);
+    }
+    if let Some(specific) = &info.format_specific {
+        text += "Format specific information:\n";
+        details(&mut text, &specific.data);
+    }
+    for child in &info.children {
+        let _ = writeln!(text, "Child node '/{}':", child.name);
+        let file = &child.info;
+        let mut line = |name: &str, value: &str| {
+            let _ = writeln!(text, "    {name}: {}", printable(value));
+        };
+        line("filename", &file.filename);
+        line("protocol type", file.format);
+        line("file length", &bytes(file.virtual_size));
+        line("disk size", &size::human(file.actual_size));
+    }
+    text
+}
+
+fn bytes(n: u64) -> String {
+    format!("{} ({n} bytes)", size::human(n))
+}
+
+fn snapshots(text: &mut String, snapshots: &[SnapshotView]) {
+    let mut row = |cells: [&str; 6]| {
+        let [id, tag, size, date, clock, icount] = cells;
+        let _ = writeln!(
+            text,
+            "{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}"
+        );
+    };
+    row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    for snapshot in snapshots {
+        let seconds = snapshot.vm_clock_sec;
+        row([
+            &printable(&snapshot.id),
+            &printable(&snapshot.name),
+            &size::human(snapshot.vm_state_size),
+            &date(u64::from(snapshot.date_sec)),
+            &format!(
+                "{:04}:{:02}:{:02}.{:03}",
+                seconds / 3600,
+                seconds / 60 % 60,
+                seconds % 60,
+                snapshot.vm_clock_nsec / 1_000_000
+            ),
+            &snapshot
+                .icount
+                .map_or_else(|| "--".to_owned(), |n| n.to_string()),
+        ]);
+    }
+}
+
+/// Seconds since the epoch as a date, in UTC.
+fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let mut year = 1970;
+    let mut day = days;
+    let is_leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    while day >= 365 + u64::from(is_leap(year)) {
+        day -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(is_leap(year));
+    let lengths = [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while day >= lengths[month] {
+        day -= lengths[month];
+        month += 1;
+    }
+    format!(
+        "{year:04}-{:02}-{:02} {:02}:{:02}:{:02}",
+        month + 1,
+        day + 1,
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
+}
+
+fn details(text: &mut String, data: &SpecificData) {
+    if let Ok(value) = serde_json::to_value(data) {
+        nested(text, &value, 1);
+    }
+}
+
+/// A value as indented lines: keys with blanks for dashes, lists numbered.
+fn nested(text: &mut String, value: &Value, depth: usize) {
+    let items: Vec<(String, &Value)> = match value {
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| (key.replace('-', " "), value))
+            .collect(),
+        Value::Array(list) => list
+            .iter()
+            .enumerate()
+            .map(|(i, value)| (format!("[{i}]"), value))
+            .collect(),
+        _ => return,
+    };
+    for (name, value) in items {
+        let _ = write!(text, "{:1$}{name}:", "", depth * 4);
+        match value {
+            Value::Object(_) | Value::Array(_) => {
+                text.push('\n');
+                nested(text, value, depth + 1);
+            }
+            Value::String(value) => {
+                let _ = writeln!(text, " {}", printable(value));
+            }
+            other => {
+                let _ = writeln!(text, " {other}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_795_385_582, "2026-11-22 22:13:02"),
+            (u64::from(u32::MAX), "2106-02-07 06:28:15"),
+        ] {
+            assert_eq!(super::date(seconds), text);
+        }
+    }
+}

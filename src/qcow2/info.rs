@@ -1,0 +1,106 @@
+//! What an image says about itself: its header, its snapshots, its bitmaps.
+//! Whether it can be served, and whether its tables are in order, does not
+//! matter here.
+
+use super::open::read_damaged_header;
+use super::spec::bitmap::Bitmap;
+use super::spec::header::{CryptMethod, Header};
+use super::spec::luks::{LUKS_HEADER_LEN, LuksInfo};
+use super::spec::snapshot::{MAX_EXTRA, MAX_TABLE_BYTES, Snapshot};
+use crate::error::{Error, Result};
+use crate::runtime::Buf;
+use crate::storage::Storage;
+
+/// What an image says about itself.
+#[derive(Debug)]
+pub struct ImageInfo {
+    /// The header.
+    pub header: Header,
+    /// The snapshots, in the order of their table.
+    pub snapshots: Vec<Snapshot>,
+    /// The bitmaps, if they can be believed.
+    pub bitmaps: Vec<Bitmap>,
+    /// How it is encrypted, if with LUKS.
+    pub luks: Option<LuksInfo>,
+    /// What could not be read, and is therefore missing above.
+    pub problems: Vec<Error>,
+}
+
+/// Reads what the image in `storage` says about itself.
+///
+/// # Errors
+///
+/// When the header cannot be read; what else cannot be is among the problems.
+pub async fn info(storage: &Storage) -> Result<ImageInfo> {
+    let header = read_damaged_header(storage).await?;
+    let mut problems = Vec::new();
+    let snapshots = match snapshots(storage, &header).await {
+        Ok(snapshots) => snapshots,
+        Err(e) => {
+            problems.push(e.path(storage.path()));
+            Vec::new()
+        }
+    };
+    let bitmaps = match bitmaps(storage, &header).await {
+        Ok(bitmaps) => bitmaps,
+        Err(e) => {
+            problems.push(e.path(storage.path()));
+            Vec::new()
+        }
+    };
+    let mut luks = None;
+    if let (CryptMethod::Luks, Some((offset, _))) = (header.crypt_method, header.crypto_header()) {
+        let mut bytes = vec![0; LUKS_HEADER_LEN];
+        storage.read(offset.0, &mut bytes).await?;
+        luks = LuksInfo::parse(&bytes);
+        if luks.is_none() {
+            let error = Error::corrupt("the encryption header is none of LUKS version 1", offset.0);
+            problems.push(error.path(storage.path()));
+        }
+    }
+    Ok(ImageInfo {
+        header,
+        snapshots,
+        bitmaps,
+        luks,
+        problems,
+    })
+}
+
+async fn snapshots(storage: &Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    /// More than the longest entry.
+    const LONGEST: usize = 40 + MAX_EXTRA + 2 * 65536;
+    const WINDOW: usize = 1 << 20;
+    let geometry = header.geometry();
+    let start = header.snapshots_offset;
+    let mut snapshots = Vec::new();
+    let mut window = Vec::new();
+    let mut at = 0;
+    let mut window_at = 0;
+    for _ in 0..header.nb_snapshots {
+        if (at - window_at) as usize + LONGEST > window.len() {
+            window_at = at;
+            window.resize(WINDOW, 0);
+            storage.read(start.0 + at, &mut window).await?;
+        }
+        let bytes = &window[(at - window_at) as usize..];
+        let (snapshot, len) = Snapshot::parse(bytes, start + at, &geometry)?;
+        snapshots.push(snapshot);
+        at += len as u64;
+        if at > MAX_TABLE_BYTES {
+            return Err(Error::corrupt("the snapshot table is too long", start.0));
+        }
+    }
+    Ok(snapshots)
+}
+
+async fn bitmaps(storage: &Storage, header: &Header) -> Result<Vec<Bitmap>> {
+    let Some(extension) = header.bitmaps().filter(|_| header.bitmaps_consistent()) else {
+        return Ok(Vec::new());
+    };
+    let mut directory = Buf::take(extension.directory_size as usize);
+    storage
+        .read(extension.directory_offset.0, &mut directory)
+        .await?;
+    Bitmap::parse_directory(&directory, extension, &header.geometry())
+}
