@@ -9,8 +9,8 @@ mod create;
 mod del;
 mod features;
 mod image;
-mod io;
 mod info;
+mod io;
 mod list;
 mod log;
 mod map;
@@ -49,11 +49,11 @@ enum Verb {
     #[command(visible_alias = "detach")]
     Del(del::Args),
     List(list::Args),
+    Info(info::Args),
     Check(check::Args),
+    Map(map::Args),
     Create(create::Args),
     Io(io::Args),
-    Info(info::Args),
-    Map(map::Args),
     Features(features::Args),
 }
 
