@@ -4,6 +4,7 @@
 //! Standard output carries data and nothing else; see [`output`].
 
 mod add;
+mod bench;
 mod check;
 mod create;
 mod del;
@@ -54,6 +55,7 @@ enum Verb {
     Map(map::Args),
     Create(create::Args),
     Io(io::Args),
+    Bench(Box<bench::Args>),
     Features(features::Args),
 }
 
@@ -79,6 +81,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Del(args) => del::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Io(args) => io::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Features(args) => features::run(&args),
         Verb::Info(args) => info::run(&args),
         Verb::Map(args) => map::run(&args),
