@@ -165,7 +165,7 @@ fn a_refused_opener_leaves_no_lock_behind() {
 }
 
 #[test]
-fn locks_live_as_long_as_any_duplicate() {
+fn locks_that_are_left_live_as_long_as_any_duplicate() {
     let (_alone, _dir, path) = image();
     let file = std::fs::File::options()
         .read(true)
@@ -177,12 +177,35 @@ fn locks_live_as_long_as_any_duplicate() {
     let first = Storage::from_fd(duplicate(), &path, &options).unwrap();
     // A successor takes over before the first is gone: no gap.
     let second = Storage::from_fd(duplicate(), &path, &options).unwrap();
+    first.leave_locks();
     drop(first);
     assert!(!qemu_can_open(&path, READ_ONLY));
+    // They were there before it came, and stay when it goes.
     drop(second);
+    assert!(!qemu_can_open(&path, READ_ONLY));
+    // Nor does one that is refused, or that gives its own up, take them away.
+    Storage::from_fd(duplicate(), &path, &options.locks(Locks::ForceShare)).unwrap_err();
+    drop(Storage::from_fd(duplicate(), &path, &options.locks(Locks::None)).unwrap());
     assert!(!qemu_can_open(&path, READ_ONLY));
     drop(file);
     assert!(qemu_can_open(&path, READ_WRITE));
+}
+
+#[test]
+fn who_took_the_locks_gives_them_up() {
+    let (_alone, _dir, path) = image();
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let duplicate = file.as_fd().try_clone_to_owned().unwrap();
+    let storage = Storage::from_fd(duplicate, &path, &OpenOptions::read_write()).unwrap();
+    assert!(!qemu_can_open(&path, READ_ONLY));
+    // Although the description lives on, as in a ring.
+    drop(storage);
+    assert!(qemu_can_open(&path, READ_WRITE));
+    drop(file);
 }
 
 #[test]

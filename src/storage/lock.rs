@@ -10,8 +10,9 @@
 //! The locks are gone when the last duplicate of the descriptor is closed, in
 //! whatever process that is. An io_uring the file is registered with counts as
 //! one, and the kernel takes it down only a while after its process has ended;
-//! so locks are given up by hand where that is possible, and somebody's that
-//! belong to no living process are waited for a little.
+//! so whoever took locks gives them up by hand, unless they are left to another
+//! duplicate, and somebody's that belong to no living process are waited for a
+//! little.
 
 use std::fs::File;
 use std::path::Path;
@@ -109,11 +110,40 @@ impl Bytes {
     }
 }
 
-/// The locks taken through one object.
+/// The locks that one object holds.
 #[derive(Debug, Default)]
-pub(super) struct Held(Mutex<Bytes>);
+pub(super) struct Held(Mutex<Holding>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Holding {
+    bytes: Bytes,
+    /// Those of them that belong to other duplicates of the descriptor too,
+    /// and stay when this object goes.
+    common: Bytes,
+}
 
 impl Held {
+    /// What the open file description holds already, for those who gave us a
+    /// duplicate of it.
+    pub(super) fn inherited(file: &File) -> Self {
+        let all = Bytes {
+            used: (1 << RIGHTS) - 1,
+            unshared: (1 << RIGHTS) - 1,
+        };
+        let mut bytes = Bytes::default();
+        for byte in lock_holder::own(file, all.positions()) {
+            if byte < UNSHARED_BASE {
+                bytes.used |= 1 << (byte - USED_BASE);
+            } else {
+                bytes.unshared |= 1 << (byte - UNSHARED_BASE);
+            }
+        }
+        Self(Mutex::new(Holding {
+            bytes,
+            common: bytes,
+        }))
+    }
+
     /// Takes the bytes of `locks`, and gives back those of before that are
     /// not among them. After a failure those of before are still held.
     pub(super) fn exchange(
@@ -133,7 +163,7 @@ impl Held {
         }
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Bytes::of(locks);
-        let added = wanted.without(*held);
+        let added = wanted.without(held.bytes);
         let deadline = Instant::now() + LINGER;
         let taken = loop {
             let taken = take(file, added).and_then(|()| test(file, wanted));
@@ -150,8 +180,10 @@ impl Held {
         };
         match taken {
             Ok(()) => {
-                release(file, held.without(wanted));
-                *held = wanted;
+                let dropped = held.bytes.without(wanted);
+                release(file, dropped);
+                held.bytes = wanted;
+                held.common = held.common.without(dropped);
                 Ok(())
             }
             Err(Refusal::Unsupported(errno)) => {
@@ -160,7 +192,6 @@ impl Held {
                     %errno,
                     "the file system has no locks: nothing keeps others from using the file"
                 );
-                *held = wanted;
                 Ok(())
             }
             Err(refusal) => {
@@ -169,13 +200,18 @@ impl Held {
             }
         }
     }
-}
 
-impl Held {
-    /// Gives up all of them.
+    /// Leaves them to other duplicates of the descriptor.
+    pub(super) fn leave(&self) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.common = held.bytes;
+    }
+
+    /// Gives up those that are only ours.
     pub(super) fn give_up(&self, file: &File) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        release(file, std::mem::take(&mut *held));
+        let held = std::mem::take(&mut *held);
+        release(file, held.bytes.without(held.common));
     }
 }
 

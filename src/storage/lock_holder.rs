@@ -35,6 +35,16 @@ pub(super) fn describe(file: &File, byte: u16) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
+/// Those of `bytes` on which the open file description of `file` itself holds
+/// a lock.
+pub(super) fn own(file: &File, bytes: impl Iterator<Item = u16>) -> Vec<u16> {
+    let info = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    let info = fs::read_to_string(info).unwrap_or_default();
+    bytes
+        .filter(|&byte| info.lines().any(|line| covers(line, byte)))
+        .collect()
+}
+
 fn name(pid: u32) -> String {
     if pid == std::process::id() {
         return "this process".to_owned();

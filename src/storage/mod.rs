@@ -247,6 +247,13 @@ impl Storage {
         }
     }
 
+    /// Leaves the locks to those who have a duplicate of the descriptor, such
+    /// as a successor: dropping this object does not give them up then. They
+    /// are gone with the last duplicate.
+    pub fn leave_locks(&self) {
+        self.locks.leave();
+    }
+
     fn check_writable(&self) -> Result<()> {
         if !self.writable {
             return Err(

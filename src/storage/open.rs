@@ -61,7 +61,8 @@ impl Storage {
     /// is read. `path` is its name for messages.
     ///
     /// Locks belong to the open file description: where `fd` is a duplicate
-    /// of one that holds them, they are simply held on.
+    /// of one that holds them, they are simply held on, and not given up with
+    /// this object. See [`Self::leave_locks`] for the other side.
     pub fn from_fd(fd: OwnedFd, path: &Path, options: &OpenOptions) -> Result<Self> {
         let file = File::from(fd);
         let named = |doing: &str, e: io::Error| Error::io(doing, e).path(path);
@@ -69,7 +70,7 @@ impl Storage {
         check_kind(&metadata, path)?;
         let block_device = metadata.file_type().is_block_device();
         let alignment = set_up(&file, block_device, path, options)?;
-        let locks = lock::Held::default();
+        let locks = lock::Held::inherited(&file);
         if options.locks != Locks::None {
             locks.exchange(&file, path, options.locks, options.writable)?;
         }
