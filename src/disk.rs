@@ -7,6 +7,7 @@ use crate::block::Payload;
 use crate::chain;
 use crate::engine::{self, Engine, Housekeeper};
 use crate::error::{Error, Result};
+use crate::qcow2::create::CreateOptions;
 use crate::runtime::Runtime;
 
 /// An open virtual disk: a qcow2 image with its backing chain.
@@ -51,6 +52,21 @@ impl Disk {
             engine,
             housekeeper,
         })
+    }
+
+    /// Makes an image of `options.size` bytes at `path`, and opens it for
+    /// writing. A file of that name loses its content, unless somebody has it
+    /// open as an image.
+    ///
+    /// Where `options` name a backing file, its size is not looked at; see
+    /// [`chain::backing_size`].
+    pub fn create(path: &Path, options: &CreateOptions) -> Result<Self> {
+        blocking(chain::create(path, options))?;
+        let options = chain::Options {
+            writable: true,
+            ..chain::Options::default()
+        };
+        Self::open(path, &options)
     }
 
     /// The engine underneath, for callers with a runtime of their own.
