@@ -18,6 +18,8 @@ impl Checker<'_> {
         let per_block = self.geometry.refcounts_per_block();
         let mut highest = 0;
         let mut first = 0;
+        // No cluster between the current one and this is used.
+        let mut next_used = 0;
         while first < clusters {
             let index = first / per_block;
             let end = clusters.min((index + 1) * per_block);
@@ -38,8 +40,11 @@ impl Checker<'_> {
                         refcount::get(block, order, (cluster - index * per_block) as usize)
                     }
                     None => {
-                        cluster = self.counts.next_used(cluster).min(end);
-                        if cluster == end {
+                        if next_used <= cluster {
+                            next_used = self.counts.next_used(cluster);
+                        }
+                        cluster = next_used.max(cluster);
+                        if cluster >= end {
                             break;
                         }
                         0

@@ -37,7 +37,10 @@ impl Checker<'_> {
             let head = &window.1[(at - window.0) as usize..][..HEAD_LEN];
             let here = HostOffset(start.0 + at);
             let padded = entry_len(head, here).map_err(|e| {
-                e.context(format!("cannot read entry {index} of the snapshot table"))
+                Error::corrupt(
+                    format!("cannot read entry {index} of the snapshot table: {e}"),
+                    here.0,
+                )
             })?;
             let number = |from: usize, len: usize| {
                 let bytes = head[from..from + len].iter();

@@ -18,7 +18,8 @@ impl Header {
     pub(super) fn check(&self, file_len: Option<u64>) -> Result<()> {
         self.check_features()?;
         self.check_crypto()?;
-        let tables = self.check_tables(file_len)?;
+        let tables = self.tables()?;
+        self.check_sound(&tables, file_len)?;
         for (a, b) in [(0, 1), (0, 2), (1, 2)] {
             tables[a].check_apart(&tables[b], self.cluster_bits)?;
         }
@@ -29,7 +30,7 @@ impl Header {
     pub(super) fn check_damaged(&self) -> Result<()> {
         self.check_features()?;
         self.check_crypto()?;
-        self.check_tables(None).map(drop)
+        self.tables().map(drop)
     }
 
     fn check_features(&self) -> Result<()> {
@@ -103,7 +104,8 @@ impl Header {
         }
     }
 
-    fn check_tables(&self, file_len: Option<u64>) -> Result<[Table; 3]> {
+    /// The tables, if they can be read: of allowed size, at places that exist.
+    fn tables(&self) -> Result<[Table; 3]> {
         if self.size >> 63 != 0 {
             return Err(invalid(
                 format!("the virtual size of {} bytes is impossible", self.size),
@@ -124,12 +126,6 @@ impl Header {
                     self.l1_size
                 ),
                 at!(l1_size),
-            ));
-        }
-        if self.refcount_table_clusters == 0 {
-            return Err(invalid(
-                "Image does not contain a reference count table",
-                at!(refcount_table_clusters),
             ));
         }
         if self.reftable_bytes() > MAX_REFTABLE_BYTES {
@@ -171,9 +167,23 @@ impl Header {
         };
         let tables = [l1, reftable, snapshots];
         for table in &tables {
-            table.check(self.cluster_bits, file_len)?;
+            table.check_place(self.cluster_bits)?;
         }
         Ok(tables)
+    }
+
+    /// Checks that the tables are where they can be right.
+    fn check_sound(&self, tables: &[Table; 3], file_len: Option<u64>) -> Result<()> {
+        if self.refcount_table_clusters == 0 {
+            return Err(invalid(
+                "Image does not contain a reference count table",
+                at!(refcount_table_clusters),
+            ));
+        }
+        for table in tables {
+            table.check_inside(file_len)?;
+        }
+        Ok(())
     }
 }
 
@@ -188,12 +198,12 @@ struct Table {
 }
 
 impl Table {
-    fn check(&self, cluster_bits: u32, file_len: Option<u64>) -> Result<()> {
+    fn check_place(&self, cluster_bits: u32) -> Result<()> {
         let Self {
             name,
             offset,
-            len,
             field,
+            ..
         } = *self;
         if !offset.is_aligned(cluster_bits) {
             return Err(invalid(
@@ -207,6 +217,16 @@ impl Table {
                 field,
             ));
         }
+        Ok(())
+    }
+
+    fn check_inside(&self, file_len: Option<u64>) -> Result<()> {
+        let Self {
+            name,
+            offset,
+            len,
+            field,
+        } = *self;
         if len == 0 {
             return Ok(());
         }
