@@ -225,10 +225,11 @@ impl Storage {
             // Before the file: a read in between takes its end for the end.
             self.len.store(len, Ordering::Release);
         }
-        self.backend
-            .set_len(len)
-            .await
-            .map_err(|e| Error::io(format!("set the length to {len}"), e).path(&self.path))?;
+        while let Err(e) = self.backend.set_len(len).await {
+            if e.raw_os_error() != Some(libc::EINTR) {
+                return Err(Error::io(format!("set the length to {len}"), e).path(&self.path));
+            }
+        }
         if !shrinks {
             self.grown_to(len);
         }
@@ -254,7 +255,9 @@ impl Storage {
         self.locks.leave();
     }
 
-    fn check_writable(&self) -> Result<()> {
+    /// Refuses what would change a file that is open for reading, or one that
+    /// a sync has failed on.
+    pub(crate) fn check_writable(&self) -> Result<()> {
         if !self.writable {
             return Err(
                 Error::new(ErrorKind::ReadOnly, "the file was opened read-only").path(&self.path),

@@ -129,6 +129,11 @@ impl SimDisk {
         }
     }
 
+    /// How many records the history has.
+    pub fn recorded(&self) -> usize {
+        self.machine().records.len()
+    }
+
     /// Begins a new history: what all disks of the machine hold now is
     /// durable.
     pub fn forget(&self) {

@@ -170,7 +170,8 @@ impl Machine {
     ) -> io::Result<u32> {
         let SimRequest { offset, len, .. } = *request;
         if let Some(Fault::Errno(errno)) = fault {
-            if matches!(action, Action::Sync) {
+            // An interrupted sync leaves everything as dirty as it was.
+            if matches!(action, Action::Sync) && errno != libc::EINTR {
                 self.record(request, Change::FailedSync);
             }
             return fails(errno);
