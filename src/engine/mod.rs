@@ -158,6 +158,7 @@ impl Engine {
         image.grow_in_memory(size).await?;
         let stored = async {
             if !self.reads_zero(1, old, size - old).await? {
+                let _presence = image.enter(slot);
                 self.zero_range(slot, old, size - old, true).await?;
             }
             // The zeros are durable before the size shows them.

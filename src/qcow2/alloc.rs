@@ -91,6 +91,8 @@ pub(crate) struct Allocator {
     free: BTreeMap<u64, (u64, bool)>,
     /// Clusters below have been searched for free ones.
     scanned: u64,
+    /// Clusters from here on need no search: what is freed there is known.
+    scan_end: u64,
     /// No cluster from here on is used; None until looked up.
     end: Option<u64>,
     /// From this cluster on the file has never been written: reads as zeros.
@@ -107,6 +109,7 @@ impl Allocator {
             refcounts,
             free: BTreeMap::new(),
             scanned: 0,
+            scan_end: 0,
             end: None,
             fresh: u64::MAX,
             returned: Vec::new(),
@@ -144,9 +147,10 @@ impl Reserved<'_> {
         HostOffset(self.run.first << self.image.geometry.cluster_bits)
     }
 
-    /// The clusters are referred to from now on.
-    pub(crate) fn used(mut self) {
-        self.run.count = 0;
+    /// The first `count` clusters are referred to from now on; the others go
+    /// back.
+    pub(crate) fn used(mut self, count: u64) {
+        self.run.take(count);
     }
 }
 
@@ -240,9 +244,9 @@ impl Image {
         if let Some(run) = take_known(alloc, wanted) {
             return Ok(run);
         }
-        let end = self.find_end(alloc).await?;
-        if alloc.scanned < end {
-            self.scan(alloc, end).await?;
+        self.find_end(alloc).await?;
+        if alloc.scanned < alloc.scan_end {
+            self.scan(alloc).await?;
             if let Some(run) = take_known(alloc, wanted) {
                 return Ok(run);
             }
@@ -276,6 +280,7 @@ impl Image {
             }
         }
         alloc.end = Some(end);
+        alloc.scan_end = end;
         alloc.fresh = self.storage.len().div_ceil(self.geometry.cluster_size());
         if self.storage.is_block_device() {
             // Nothing says what a device holds past the image.
@@ -284,8 +289,10 @@ impl Image {
         Ok(end)
     }
 
-    /// Searches the next few slices of refcounts for free clusters.
-    async fn scan(&self, alloc: &mut Allocator, end: u64) -> Result<()> {
+    /// Searches the next few slices of refcounts for free clusters. The list
+    /// of them is empty, so that none gets onto it twice.
+    async fn scan(&self, alloc: &mut Allocator) -> Result<()> {
+        let end = alloc.scan_end;
         let per_slice = alloc.refcounts.per_slice(&self.refblocks);
         for _ in 0..SCAN_SLICES {
             if alloc.scanned >= end {
@@ -337,7 +344,6 @@ impl Image {
         };
         self.grow_file(alloc, run.first + run.count).await?;
         alloc.end = Some(run.first + run.count);
-        alloc.scanned = alloc.scanned.max(run.first + run.count);
         Ok(run)
     }
 
@@ -406,7 +412,6 @@ impl Image {
         self.grow_file(alloc, end).await?;
         // Whatever fails from here on, these clusters are not tried again.
         alloc.end = Some(end);
-        alloc.scanned = alloc.scanned.max(end);
         let indices = start / per_block..=(end - 1) / per_block;
         let saved = alloc.refcounts.table.clone();
         let counted = async {

@@ -50,6 +50,7 @@ impl Image {
             || self.l1.has_dirty()
             || self.refblocks.has_dirty()
             || !self.frees.is_empty()
+            || self.header_is_suspect()
     }
 
     async fn write_back(&self) -> Result<()> {
@@ -92,6 +93,7 @@ impl Image {
         l2: &[(Arc<super::meta::Slice>, Buf)],
         l1: &[(usize, super::spec::addr::HostOffset, Buf)],
     ) -> Result<()> {
+        self.restore_header().await?;
         self.write_refcounts().await?;
         self.storage.sync().await?;
         if l2.is_empty() && l1.is_empty() {

@@ -80,7 +80,7 @@ impl Image {
             copied: true,
         };
         self.l1.set(index, entry.encode(&self.geometry));
-        reserved.used();
+        reserved.used(1);
         if let L1Entry::Table { offset, .. } = shared {
             self.frees.push(Freed {
                 first: offset.cluster(self.geometry.cluster_bits),
@@ -91,7 +91,8 @@ impl Image {
         Ok(())
     }
 
-    /// Changes `count` clusters from the cluster-aligned `at`.
+    /// Changes `count` clusters from the cluster-aligned `at`. After a failure
+    /// the first of them may be changed.
     pub(crate) async fn change(
         &self,
         slot: usize,
@@ -99,22 +100,36 @@ impl Image {
         count: u64,
         change: Change<'_>,
     ) -> Result<()> {
-        let cluster_bits = self.geometry.cluster_bits;
         let mut done = 0;
-        while done < count {
-            let at = at + (done << cluster_bits);
+        let result = self
+            .change_entries(slot, at, count, &change, &mut done)
+            .await;
+        if let Change::Data(reserved) = change {
+            // What is mapped by now must not be given back, whatever failed.
+            reserved.used(done);
+        }
+        result
+    }
+
+    /// `done` counts the clusters that are changed.
+    async fn change_entries(
+        &self,
+        slot: usize,
+        at: GuestOffset,
+        count: u64,
+        change: &Change<'_>,
+        done: &mut u64,
+    ) -> Result<()> {
+        while *done < count {
+            let at = at + (*done << self.geometry.cluster_bits);
             let table = self.own_l2(slot, at).await?;
             let place = self.place_in(table, at);
             let slice = self.l2_slice(place).await?;
-            let here = (count - done).min((slice.len() - place.index) as u64);
-            for i in 0..here {
-                self.change_entry(&slice, place.index + i as usize, done + i, &change)?;
+            let here = (count - *done).min((slice.len() - place.index) as u64);
+            for index in place.index..place.index + here as usize {
+                self.change_entry(&slice, index, *done, change)?;
+                *done += 1;
             }
-            done += here;
-        }
-        if let Change::Data(reserved) = change {
-            debug_assert_eq!(reserved.run().count, count);
-            reserved.used();
         }
         Ok(())
     }
@@ -195,7 +210,9 @@ impl Image {
     /// else is done.
     pub(crate) fn check_writable(&self) -> Result<()> {
         if self.storage.writable() {
-            Ok(())
+            // After a failed sync nothing can become durable any more; a
+            // change of the mapping alone would not meet that failure.
+            self.storage.check_writable()
         } else {
             Err(
                 Error::new(ErrorKind::ReadOnly, "the image is open read-only")

@@ -52,6 +52,9 @@ pub struct Image {
     compression: CompressionType,
     /// As in the file.
     header: Mutex<Header>,
+    /// Held while a field of the header is written. A field whose writing
+    /// failed, and what it should hold: the file may have either.
+    suspect_field: sync::Mutex<Option<(HostOffset, Vec<u8>)>>,
     /// Virtual size in bytes.
     size: AtomicU64,
     l1: L1Table,

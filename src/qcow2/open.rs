@@ -135,6 +135,7 @@ impl Image {
             punch_frees: options.punch,
             prepared: AtomicBool::new(false),
             preparing: sync::Mutex::default(),
+            suspect_field: sync::Mutex::default(),
             header: Mutex::new(header),
             storage,
         };
@@ -202,12 +203,43 @@ impl Image {
 
     /// Writes a field of the header. Fields are written alone, inside one
     /// sector, so that a power cut leaves the old value or the new.
+    ///
+    /// A failure too leaves either. The old one holds, and is written again
+    /// before any other metadata: until then, both are right.
     pub(super) async fn write_header(&self, at: HostOffset, bytes: &[u8]) -> Result<()> {
         debug_assert!(at.0 / 512 == (at.0 + bytes.len() as u64 - 1) / 512);
-        self.storage
-            .write(at.0, bytes)
-            .await
-            .map_err(|e| e.context("cannot write the image header"))
+        self.restore_header().await?;
+        // One at a time: with direct I/O a field is written with its block.
+        let mut suspect = self.suspect_field.lock().await;
+        let failed = |e: Error| e.context("cannot write the image header");
+        let mut old = vec![0; bytes.len()];
+        self.storage.read(at.0, &mut old).await.map_err(failed)?;
+        let written = self.storage.write(at.0, bytes).await;
+        if written.is_err() {
+            *suspect = Some((at, old));
+        }
+        written.map_err(failed)
+    }
+
+    /// Puts the old value of a field back, durably, whose writing failed.
+    pub(super) async fn restore_header(&self) -> Result<()> {
+        let mut suspect = self.suspect_field.lock().await;
+        if let Some((at, old)) = &*suspect {
+            self.storage
+                .write(at.0, old)
+                .await
+                .map_err(|e| e.context("cannot restore the image header"))?;
+            self.storage.sync().await?;
+            *suspect = None;
+        }
+        Ok(())
+    }
+
+    /// True when [`Self::restore_header`] has something to do.
+    pub(super) fn header_is_suspect(&self) -> bool {
+        self.suspect_field
+            .try_lock()
+            .is_none_or(|suspect| suspect.is_some())
     }
 }
 
