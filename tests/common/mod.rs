@@ -1,6 +1,9 @@
 //! What the tests that work with QEMU's programs share.
 #![allow(dead_code, unreachable_pub, reason = "a part of every test program")]
 
+pub mod check;
+pub mod lab;
+
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
