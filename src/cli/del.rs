@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::{done, output};
 use crate::daemon::Record;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::ublk::{self, DeviceInfo, State};
 
 /// Flush, stop and remove devices
@@ -53,12 +53,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut code = None;
     for id in ids {
         let served = ublk::info(id).is_ok_and(|device| device.state == State::Live);
-        match ublk::remove(id, args.force) {
+        let removed = ublk::remove(id, args.force).and_then(|()| how_it_ended(id, &records));
+        match removed {
             Ok(()) => {
-                // A server that was dead has left its record.
-                for record in records.iter().filter(|r| r.id == id && !r.is_alive()) {
-                    record.remove();
-                }
                 // Not data, so not on standard output.
                 let what = if served {
                     "flushed, stopped and removed"
@@ -74,6 +71,33 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     code.map_or_else(done, |code| Ok(ExitCode::from(code)))
+}
+
+/// What the device that is gone has left behind: an error if its image lacks
+/// something. `before` are the records from when it was there.
+fn how_it_ended(id: u32, before: &[Record]) -> Result<()> {
+    let own = |record: &&Record| {
+        record.id == id && before.iter().any(|b| b.id == id && b.pid == record.pid)
+    };
+    let records = Record::all();
+    let Some(record) = records.iter().find(own) else {
+        return Ok(());
+    };
+    let Some(failure) = &record.failure else {
+        // Of a server that has died; a living one removes its own.
+        if !record.is_alive() {
+            record.remove();
+        }
+        return Ok(());
+    };
+    record.remove();
+    Err(Error::new(
+        ErrorKind::Io,
+        format!(
+            "/dev/ublkb{id} is removed, but its image may lack what was not flushed: {failure}"
+        ),
+    )
+    .cure("make room or cure the disk's error, check the image, and repeat what was written"))
 }
 
 /// True when the record speaks of this device, and not of an earlier one with

@@ -126,11 +126,16 @@ fn serve_engine(
     if let Err(error) = &closed {
         tracing::error!("the image may have lost what was not flushed: {error}");
     }
-    // Gone means closed: the number becomes free only now.
-    let deleted = stopped.and_then(|stopped| stopped.delete());
-    if let Some(record) = record {
-        record.remove();
+    let stopped = stopped.inspect_err(|error| tracing::error!("{error}"));
+    // Gone means closed: the number becomes free only now, and whoever waits
+    // for that finds out how it went.
+    let ended = closed.as_ref().err().or_else(|| stopped.as_ref().err());
+    match (record, ended) {
+        (Some(record), Some(error)) => record.fail(error),
+        (Some(record), None) => record.remove(),
+        (None, _) => {}
     }
+    let deleted = stopped.and_then(|stopped| stopped.delete());
     waited.map(drop).and(closed).and(deleted)
 }
 

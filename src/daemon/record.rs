@@ -39,6 +39,10 @@ pub struct Record {
     pub cache: String,
     /// Writes are refused.
     pub read_only: bool,
+    /// Why the image may lack what was not flushed, when the device has ended
+    /// that way. Such a record stays, for whoever has ended it.
+    #[serde(default)]
+    pub failure: Option<String>,
 }
 
 impl Record {
@@ -60,12 +64,24 @@ impl Record {
                 CacheMode::Writeback => "writeback".to_owned(),
             },
             read_only: info.read_only,
+            failure: None,
         })
     }
 
     /// Writes it where [`Self::all`] finds it.
     pub(super) fn store(&self) -> Result<()> {
         self.store_in(Path::new(FOLDER))
+    }
+
+    /// Notes that the device ended badly.
+    pub(super) fn fail(self, error: &Error) {
+        let failed = Self {
+            failure: Some(error.to_string()),
+            ..self
+        };
+        if let Err(error) = failed.store() {
+            tracing::warn!("{error}");
+        }
     }
 
     fn store_in(&self, folder: &Path) -> Result<()> {
@@ -165,6 +181,7 @@ mod tests {
             depth: 128,
             cache: "none".to_owned(),
             read_only: false,
+            failure: None,
         }
     }
 
