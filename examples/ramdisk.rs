@@ -12,20 +12,22 @@
 //! of the ublk front are run against.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use qcow2_ublk::block::{BlockHandler, Limits, Op, Payload, Request};
 use qcow2_ublk::runtime::{Buf, ops, register_file};
-use qcow2_ublk::ublk::{self, DataPath, Device, Ended, Options};
+use qcow2_ublk::ublk::{self, DataPath, Device, Ended, Handle, Options};
 use qcow2_ublk::{Error, ErrorKind, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// Memory as a block handler.
@@ -54,14 +56,18 @@ impl BlockHandler for RamDisk {
         self.limits.clone()
     }
 
-    fn queue_started(&self, _queue: u16) -> Result<()> {
+    fn queue_started(&self, queue: u16) -> Result<()> {
+        let told = |failure: &&Failure| failure.op == "start" && failure.sector == u64::from(queue);
+        if let Some(failure) = self.failures.iter().find(told) {
+            return Err(failure.error());
+        }
         register_file(self.memory.as_raw_fd())
             .map_err(|error| Error::io("register the memory with the ring", error))
     }
 
     async fn handle(&self, _queue: u16, request: Request) -> Result<()> {
         self.seen.count(request.op);
-        self.fail_if_told_to(&request)?;
+        self.fail_if_told_to(&request).await?;
         match request.op {
             Op::Read => self.read(request.payload, request.offset).await,
             Op::Write { .. } => self.write(request.payload, request.offset).await,
@@ -79,6 +85,11 @@ impl RamDisk {
         memory
             .set_len(options.size)
             .map_err(|error| Error::io("make the memory", error))?;
+        if let Some(from) = &options.from {
+            File::open(from)
+                .and_then(|mut from| io::copy(&mut from, &mut &memory))
+                .map_err(|error| Error::io("copy the content", error).path(from))?;
+        }
         Ok(Self {
             memory,
             limits: Limits {
@@ -92,6 +103,25 @@ impl RamDisk {
             failures: options.fail.clone(),
             seen: Seen::default(),
         })
+    }
+
+    fn save(&self, path: &Path) -> Result<()> {
+        let mut memory = &self.memory;
+        let mut save = || {
+            memory.seek(SeekFrom::Start(0))?;
+            io::copy(&mut memory, &mut File::create(path)?)
+        };
+        save().map_err(|error| Error::io("save the content", error).path(path))?;
+        Ok(())
+    }
+
+    /// Doubles the size.
+    fn grow(&self, device: &Handle) -> Result<()> {
+        let size = device.info()?.size * 2;
+        self.memory
+            .set_len(size)
+            .map_err(|error| Error::io("grow the memory", error))?;
+        device.resize(size)
     }
 
     async fn read(&self, payload: Payload, offset: u64) -> Result<()> {
@@ -131,17 +161,17 @@ impl RamDisk {
         Ok(())
     }
 
-    fn fail_if_told_to(&self, request: &Request) -> Result<()> {
+    async fn fail_if_told_to(&self, request: &Request) -> Result<()> {
         let word = word(request.op);
         let end = request.offset + request.len.max(1);
         for failure in &self.failures {
             let at = failure.sector * 512;
             if failure.op == word && (request.offset..end).contains(&at) {
-                if failure.errno == 0 {
-                    panic!("told to panic");
+                match failure.how {
+                    How::Errno(_) => return Err(failure.error().at(at)),
+                    How::Panic => panic!("told to panic"),
+                    How::Hang => std::future::pending().await,
                 }
-                let error = io::Error::from_raw_os_error(failure.errno);
-                return Err(Error::io(format!("told to fail a {word}"), error).at(at));
             }
         }
         Ok(())
@@ -205,12 +235,31 @@ fn word(op: Op) -> &'static str {
     }
 }
 
-/// Fail requests of one kind that cover a sector: `OP:SECTOR:ERRNO`.
+/// Fail requests of one kind that cover a sector: `OP:SECTOR:HOW`. The
+/// operation `start` stands for the start of a queue, by its number.
 #[derive(Clone, Debug)]
 struct Failure {
     op: String,
     sector: u64,
-    errno: i32,
+    how: How,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum How {
+    Errno(i32),
+    Panic,
+    Hang,
+}
+
+impl Failure {
+    fn error(&self) -> Error {
+        let errno = match self.how {
+            How::Errno(errno) => errno,
+            How::Panic | How::Hang => nix::libc::EIO,
+        };
+        let what = format!("told to fail a {}", self.op);
+        Error::io(what, io::Error::from_raw_os_error(errno))
+    }
 }
 
 impl FromStr for Failure {
@@ -218,19 +267,20 @@ impl FromStr for Failure {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(':');
-        let (Some(op), Some(sector), Some(errno), None) =
+        let (Some(op), Some(sector), Some(how), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {
-            return Err("OP:SECTOR:ERRNO is wanted".to_owned());
+            return Err("OP:SECTOR:HOW is wanted".to_owned());
         };
         Ok(Self {
             op: op.to_owned(),
             sector: sector.parse().map_err(|_| "no such sector")?,
-            errno: match errno {
-                "EIO" => nix::libc::EIO,
-                "ENOSPC" => nix::libc::ENOSPC,
-                "panic" => 0,
-                _ => return Err("the errno is EIO or ENOSPC".to_owned()),
+            how: match how {
+                "EIO" => How::Errno(nix::libc::EIO),
+                "ENOSPC" => How::Errno(nix::libc::ENOSPC),
+                "panic" => How::Panic,
+                "hang" => How::Hang,
+                _ => return Err("EIO, ENOSPC, panic or hang is wanted".to_owned()),
             },
         })
     }
@@ -282,10 +332,19 @@ struct ServeOptions {
     max_request: Option<u32>,
     #[arg(long)]
     no_part_scan: bool,
-    /// Fail requests, as OP:SECTOR:ERRNO; OP is read, write, flush, discard or
-    /// zero.
+    /// Fail requests, as OP:SECTOR:HOW; OP is read, write, flush, discard,
+    /// zero or start, HOW is EIO, ENOSPC, panic or hang.
     #[arg(long)]
     fail: Vec<Failure>,
+    /// Begin with the content of this file.
+    #[arg(long)]
+    from: Option<PathBuf>,
+    /// At the end, save the content to this file.
+    #[arg(long)]
+    save: Option<PathBuf>,
+    /// Seconds a command of the driver may take.
+    #[arg(long, default_value_t = 30)]
+    time_limit: u64,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -301,9 +360,8 @@ fn size(text: &str) -> Result<u64, String> {
 
 fn serve(options: &ServeOptions) -> Result<()> {
     let disk = Arc::new(RamDisk::new(options)?);
-    // Before there are other threads, which would get the signals too.
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::io("catch signals", error))?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
+        .map_err(|error| Error::io("catch signals", error))?;
     let device = Device::create(
         &Options {
             id: options.id,
@@ -314,23 +372,29 @@ fn serve(options: &ServeOptions) -> Result<()> {
             data_path: options.data_path,
             max_request: options.max_request,
             part_scan: !options.no_part_scan,
-            ..Options::default()
+            time_limit: Duration::from_secs(options.time_limit),
         },
         Arc::clone(&disk),
     )?;
     println!("{}", device.path().display());
-    let _ = io::stdout().flush();
-    let stop = device.stop_handle();
+    let (handle, growing) = (device.handle(), Arc::clone(&disk));
     std::thread::spawn(move || {
-        for _ in signals.forever() {
-            stop.stop();
+        for signal in signals.forever() {
+            if signal != SIGHUP {
+                handle.stop();
+            } else if let Err(error) = growing.grow(&handle) {
+                tracing::error!("{error}");
+            }
         }
     });
     let ended = device.wait();
-    let stopped = device.stop();
+    let stopped = device.stop()?;
     disk.seen.print();
-    // An image would be closed here, before the device is gone.
-    stopped?.delete()?;
+    // An image would be closed here: when the device is gone, it is complete.
+    if let Some(save) = &options.save {
+        disk.save(save)?;
+    }
+    stopped.delete()?;
     match ended? {
         Ended::Asked => eprintln!("stopped on request"),
         Ended::Stopped => eprintln!("stopped by somebody else"),

@@ -82,7 +82,7 @@ fn serve_engine(
     } else {
         None
     };
-    let mut device = match Device::create(&plan.device, Arc::clone(engine)) {
+    let device = match Device::create(&plan.device, Arc::clone(engine)) {
         Ok(device) => device,
         Err(error) => {
             drop(housekeeper);
@@ -91,12 +91,12 @@ fn serve_engine(
             return Err(error);
         }
     };
-    let record = Record::new(&plan.image, &mut device, cache)
-        .and_then(|record| record.store().map(|()| record));
+    let record =
+        Record::new(&plan.image, &device, cache).and_then(|record| record.store().map(|()| record));
     let record = record
         .inspect_err(|e| tracing::warn!("`list` will not know the image: {e}"))
         .ok();
-    signals.stop_when_caught(device.stop_handle())?;
+    signals.stop_when_caught(device.handle())?;
 
     let told = ready(device.path());
     if told.is_ok() {

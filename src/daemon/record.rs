@@ -47,8 +47,8 @@ pub struct Record {
 
 impl Record {
     /// Describes a device that this process serves.
-    pub(super) fn new(image: &Path, device: &mut Device, cache: CacheMode) -> Result<Self> {
-        let info = device.info()?;
+    pub(super) fn new(image: &Path, device: &Device, cache: CacheMode) -> Result<Self> {
+        let info = device.handle().info()?;
         let pid = std::process::id();
         Ok(Self {
             version: VERSION,

@@ -5,7 +5,7 @@ use signal_hook::iterator;
 
 use super::Hangup;
 use crate::error::{Error, Result};
-use crate::ublk::StopHandle;
+use crate::ublk::Handle;
 
 /// Caught signals that nobody has acted on yet.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Signals {
     }
 
     /// Stops the device at the next signal, or at one that came already.
-    pub(super) fn stop_when_caught(mut self, device: StopHandle) -> Result<()> {
+    pub(super) fn stop_when_caught(mut self, device: Handle) -> Result<()> {
         let thread = move || {
             for signal in self.caught.forever() {
                 if signal == SIGHUP && self.hangup == Hangup::Ignore {

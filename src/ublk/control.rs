@@ -21,6 +21,8 @@ use crate::error::Result;
 
 /// How long a command may take unless the caller says otherwise.
 pub(super) const TIME_LIMIT: Duration = Duration::from_secs(30);
+/// How long a removed device's number is waited for.
+const FREE_NUMBER: Duration = Duration::from_secs(1);
 /// The driver's control node.
 pub(super) const CONTROL_PATH: &str = "/dev/ublk-control";
 /// How often a waiting command looks at what its caller watches.
@@ -54,6 +56,7 @@ commands! {
     STOP_DEV = UBLK_U_CMD_STOP_DEV,
     TRY_STOP_DEV = UBLK_U_CMD_TRY_STOP_DEV,
     DEL_DEV = UBLK_U_CMD_DEL_DEV,
+    DEL_DEV_ASYNC = UBLK_U_CMD_DEL_DEV_ASYNC,
     GET_DEV_INFO2 = UBLK_U_CMD_GET_DEV_INFO2,
     GET_QUEUE_AFFINITY = UBLK_U_CMD_GET_QUEUE_AFFINITY,
     UPDATE_SIZE = UBLK_U_CMD_UPDATE_SIZE,
@@ -210,9 +213,41 @@ impl Control {
         self.buffer_call(TRY_STOP_DEV, id, 0, &mut []).map(drop)
     }
 
-    /// Removes a device. Waits until its character device is closed, too.
+    /// Removes a device unless somebody was faster.
+    ///
+    /// DEL_DEV answers when the number is free again, which takes until the
+    /// last process that has the stopped disk open closes it. That is not
+    /// worth more than a moment's wait.
     pub(super) fn delete(&mut self, id: u32) -> Result<()> {
-        self.named(DEL_DEV, id, 0, &mut [])
+        match self.buffer_call(DEL_DEV_ASYNC, id, 0, &mut []) {
+            // Since Linux 6.9.
+            Ok(_) | Err(Failure::Errno(libc::EOPNOTSUPP)) => {}
+            Err(Failure::Errno(libc::ENODEV)) => return Ok(()),
+            Err(failure) => return Err(explain::command(DEL_DEV, Some(id), failure)),
+        }
+        let call = Call {
+            command: DEL_DEV,
+            id,
+            data: 0,
+            path: None,
+            buffer: &mut [],
+        };
+        let end = Instant::now() + FREE_NUMBER;
+        let mut watch = || {
+            if Instant::now() < end {
+                Watch::Waiting
+            } else {
+                Watch::GiveUp
+            }
+        };
+        match self.call(call, &mut watch) {
+            Ok(_) | Err(Failure::Errno(libc::ENODEV)) => Ok(()),
+            Err(Failure::GivenUp) => {
+                tracing::warn!("ublk device {id} is removed, but its disk is still open somewhere");
+                Ok(())
+            }
+            Err(failure) => Err(explain::command(DEL_DEV, Some(id), failure)),
+        }
     }
 
     /// The device's record.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::control::{Control, Failure, START_DEV, TIME_LIMIT, Watch, block_path, char_path};
+use super::control::{Control, Failure, START_DEV, Watch, block_path, char_path};
 use super::datapath::DataPath;
 use super::info::DeviceInfo;
 use super::options::Options;
@@ -20,23 +20,55 @@ use super::{explain, sync};
 use crate::block::{BlockHandler, Limits};
 use crate::error::{Error, ErrorKind, Result};
 
+/// How soon a stop is tried again while a queue has not ended.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Why [`Device::wait`] has returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// [`StopHandle::stop`] was called; the device is still served.
+    /// [`Handle::stop`] was called; the device is still served.
     Asked,
     /// Somebody else has stopped or removed the device.
     Stopped,
 }
 
-/// Asks for a device to be stopped, from any thread.
+/// A served device as other threads see it: a signal handler's, a control
+/// socket's.
 #[derive(Clone, Debug)]
-pub struct StopHandle(Arc<Shared>);
+pub struct Handle {
+    id: u32,
+    logical_block: u32,
+    limit: Duration,
+    shared: Arc<Shared>,
+}
 
-impl StopHandle {
+impl Handle {
     /// Makes [`Device::wait`] return.
     pub fn stop(&self) {
-        self.0.change(|state| state.stop_asked = true);
+        self.shared.change(|state| state.stop_asked = true);
+    }
+
+    /// Requests served so far.
+    pub fn served(&self) -> u64 {
+        self.shared.served()
+    }
+
+    /// The driver's record of the device.
+    pub fn info(&self) -> Result<DeviceInfo> {
+        DeviceInfo::read(&mut Control::open(self.limit)?, self.id)
+    }
+
+    /// Shows a new size to the disk's users; the handler has it already.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let sectors = sectors(size, self.logical_block)?;
+        // Linux before 7.0 crashes when the disk is gone already.
+        if self.shared.lock().ended > 0 {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("ublk device {} has been stopped", self.id),
+            ));
+        }
+        Control::open(self.limit)?.update_size(self.id, sectors)
     }
 }
 
@@ -46,12 +78,10 @@ impl StopHandle {
 /// that panics ends the process: see the text of the module `queue`.
 #[derive(Debug)]
 pub struct Device {
-    id: u32,
+    handle: Handle,
     path: PathBuf,
     data_path: DataPath,
-    logical_block: u32,
     control: Control,
-    shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// The disk exists.
     started: bool,
@@ -70,12 +100,15 @@ impl Device {
         params(&limits, options.logical_block, options.read_only, 4096)?;
         let (info, data_path) = options.add(&mut control)?;
         let mut device = Self {
-            id: info.dev_id,
+            handle: Handle {
+                id: info.dev_id,
+                logical_block: options.logical_block,
+                limit: options.time_limit,
+                shared: Arc::new(Shared::new(info.nr_hw_queues)),
+            },
             path: block_path(info.dev_id),
             data_path,
-            logical_block: options.logical_block,
             control,
-            shared: Arc::new(Shared::new(info.nr_hw_queues)),
             threads: Vec::new(),
             started: false,
             stopped: false,
@@ -92,26 +125,27 @@ impl Device {
         info: &ublksrv_ctrl_dev_info,
         handler: Arc<H>,
     ) -> Result<()> {
-        let limit = options.time_limit;
+        let limit = self.handle.limit;
         let params = params(
             limits,
             options.logical_block,
             options.read_only,
             info.max_io_buf_bytes,
         )?;
-        self.control.set_params(self.id, &params)?;
-        let node = Arc::new(open_node(&char_path(self.id), limit)?);
+        self.control.set_params(self.handle.id, &params)?;
+        let node = Arc::new(open_node(&char_path(self.handle.id), limit)?);
         for queue in 0..info.nr_hw_queues {
             let setup = Setup {
-                device: self.id,
+                device: self.handle.id,
                 queue,
                 depth: info.queue_depth,
                 data_path: self.data_path,
                 max_request: info.max_io_buf_bytes,
                 node: Arc::clone(&node),
-                affinity: self.control.affinity(self.id, queue)?,
+                affinity: self.control.affinity(self.handle.id, queue)?,
             };
-            let thread = queue::start(setup, Arc::clone(&handler), Arc::clone(&self.shared))?;
+            let thread =
+                queue::start(setup, Arc::clone(&handler), Arc::clone(&self.handle.shared))?;
             self.threads.push(thread);
         }
         // From here on only the queues hold them.
@@ -123,16 +157,21 @@ impl Device {
 
     /// Waits until every queue can take requests.
     fn wait_fetching(&self, limit: Duration) -> Result<()> {
-        let queues = self.shared.queues();
-        let id = self.id;
-        let ready = self.shared.wait_for(limit, |state| {
+        let queues = self.handle.shared.queues();
+        let id = self.handle.id;
+        let ready = self.handle.shared.wait_for(limit, |state| {
+            // A queue that offers its tags after the device was stopped would
+            // never hear of it: wait for all of them, come what may.
+            if state.fetching + state.ended < queues {
+                return None;
+            }
             if let Some(failure) = &state.failure {
                 return Some(Err(failure.duplicate()));
             }
             if state.ended > 0 {
                 return Some(Err(queue::ended_early(id)));
             }
-            (state.fetching == queues).then_some(Ok(()))
+            Some(Ok(()))
         });
         ready.unwrap_or_else(|| {
             Err(Error::new(
@@ -148,7 +187,7 @@ impl Device {
     /// The queues are being served meanwhile: the kernel reads partition
     /// tables during the command.
     fn start_disk(&mut self) -> Result<()> {
-        let (shared, id) = (Arc::clone(&self.shared), self.id);
+        let (shared, id) = (Arc::clone(&self.handle.shared), self.handle.id);
         let mut served = shared.served();
         let mut watch = || {
             let state = shared.lock();
@@ -169,29 +208,33 @@ impl Device {
 
     /// Waits for devtmpfs or udev to make the disk's node.
     fn wait_node(&mut self, limit: Duration) -> Result<()> {
-        let devt = self.control.params(self.id)?.devt;
+        let devt = self.control.params(self.handle.id)?.devt;
         let number = libc::makedev(devt.disk_major, devt.disk_minor);
         let ready = poll(limit, || {
             std::fs::metadata(&self.path)
                 .is_ok_and(|meta| meta.file_type().is_block_device() && meta.rdev() == number)
                 .then_some(())
         });
-        ready.ok_or_else(|| {
+        if ready.is_some() {
+            return Ok(());
+        }
+        let error = if self.path.exists() {
+            // Whoever opens the disk for writing at the wrong moment makes it.
+            Error::new(ErrorKind::Busy, "another file has the device's name").cure("delete it")
+        } else {
+            let seconds = limit.as_secs();
             Error::new(
                 ErrorKind::Timeout,
-                format!(
-                    "the device node has not appeared within {} seconds",
-                    limit.as_secs()
-                ),
+                format!("the device node has not appeared within {seconds} seconds"),
             )
-            .path(&self.path)
             .cure("mount devtmpfs on /dev, or run udev")
-        })
+        };
+        Err(error.path(&self.path))
     }
 
     /// The N of `/dev/ublkbN`.
     pub fn id(&self) -> u32 {
-        self.id
+        self.handle.id
     }
 
     /// The disk: `/dev/ublkbN`.
@@ -204,39 +247,16 @@ impl Device {
         self.data_path
     }
 
-    /// Requests served so far.
-    pub fn served(&self) -> u64 {
-        self.shared.served()
-    }
-
-    /// The driver's record of the device.
-    pub fn info(&mut self) -> Result<DeviceInfo> {
-        DeviceInfo::read(&mut self.control, self.id)
-    }
-
-    /// Shows a new size to the disk's users; the handler has it already.
-    pub fn resize(&mut self, size: u64) -> Result<()> {
-        let sectors = sectors(size, self.logical_block)?;
-        // Linux before 7.0 crashes when the disk is gone already.
-        if self.shared.lock().ended > 0 {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!("ublk device {} has been stopped", self.id),
-            ));
-        }
-        self.control.update_size(self.id, sectors)
-    }
-
-    /// Something that asks for a stop, from a signal handler's thread, say.
-    pub fn stop_handle(&self) -> StopHandle {
-        StopHandle(Arc::clone(&self.shared))
+    /// The device for other threads.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// Waits until somebody asks for a stop or the device is no more. An error
     /// means that requests may be stuck: stop the device.
     pub fn wait(&self) -> Result<Ended> {
-        let queues = self.shared.queues();
-        self.shared.wait(|state| {
+        let queues = self.handle.shared.queues();
+        self.handle.shared.wait(|state| {
             if let Some(failure) = state.failure.take() {
                 return Some(Err(failure));
             }
@@ -255,51 +275,73 @@ impl Device {
     /// [deleted](Stopped::delete): close the image first, so that a device that
     /// is gone means an image that is closed.
     pub fn stop(mut self) -> Result<Stopped> {
-        let stopped = Stopped {
-            id: self.id,
-            control: Control::open(TIME_LIMIT).ok(),
-        };
-        match self.shut_down() {
-            Ok(()) => Ok(stopped),
-            Err(error) if self.stopped => {
-                drop(stopped);
-                Err(error)
-            }
-            Err(error) => {
-                // The driver is stuck: another command would be, too.
-                std::mem::forget(stopped);
-                Err(error)
-            }
-        }
+        let trouble = self.shut_down()?;
+        Ok(Stopped {
+            id: self.handle.id,
+            limit: self.handle.limit,
+            trouble,
+            deleted: false,
+        })
     }
 
     fn failure(&self) -> Option<Error> {
-        self.shared.lock().failure.as_ref().map(Error::duplicate)
+        self.handle
+            .shared
+            .lock()
+            .failure
+            .as_ref()
+            .map(Error::duplicate)
     }
 
-    fn shut_down(&mut self) -> Result<()> {
-        let alive = self.shared.lock().ended == 0;
+    /// What could not be written back, or was still under way, is an error of
+    /// its own: the device is stopped all the same.
+    fn shut_down(&mut self) -> Result<Option<Error>> {
+        let Handle {
+            id, limit, shared, ..
+        } = self.handle.clone();
+        let alive = shared.lock().ended == 0;
+        let mut trouble = None;
         // The disk's page cache holds what buffered users have written. On a
         // device with recovery STOP_DEV would fail it, not write it.
-        let synced = if self.started && alive {
-            sync::disk(self.id, TIME_LIMIT)
-        } else {
-            Ok(())
-        };
-        let shared = Arc::clone(&self.shared);
-        let mut served = shared.served();
-        let mut watch = || progress(&mut served, shared.served());
-        match self.control.stop(self.id, &mut watch) {
-            // Somebody was faster.
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            result => result?,
+        if self.started && alive {
+            trouble = sync::disk(id, limit).err();
         }
+        let (mut served, mut since) = (shared.served(), Instant::now());
+        let mut watch = || {
+            let watch = progress(&mut served, shared.served());
+            if watch == Watch::Progress {
+                since = Instant::now();
+            } else if since.elapsed() >= limit / 2 && !shared.is_giving_up() {
+                // The driver waits for requests that have no end. It would
+                // wait for ever, and this process could not even be killed.
+                shared.give_up();
+                trouble.get_or_insert_with(|| {
+                    Error::new(
+                        ErrorKind::Timeout,
+                        format!("ublk device {id}: requests under way had to be given up"),
+                    )
+                });
+            }
+            watch
+        };
         let threads = self.threads.len();
-        let ended = shared.wait_for(TIME_LIMIT, |state| (state.ended == threads).then_some(()));
+        let mut end = None;
+        let ended = loop {
+            match self.control.stop(id, &mut watch) {
+                // Somebody was faster.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                result => result?,
+            }
+            let ended = shared.wait_for(AGAIN, |state| (state.ended == threads).then_some(()));
+            let end = *end.get_or_insert_with(|| Instant::now() + limit);
+            if ended.is_some() || Instant::now() >= end {
+                break ended;
+            }
+        };
         if ended.is_none() {
             return Err(Error::new(
                 ErrorKind::Timeout,
-                format!("ublk device {}: a request is stuck in its handler", self.id),
+                format!("ublk device {id}: a request is stuck in its handler"),
             ));
         }
         for thread in self.threads.drain(..) {
@@ -307,7 +349,7 @@ impl Device {
             let _ = thread.join();
         }
         self.stopped = true;
-        synced
+        Ok(trouble)
     }
 }
 
@@ -316,13 +358,12 @@ impl Drop for Device {
         if self.stopped {
             return;
         }
-        let result = match self.shut_down() {
-            Err(error) if !self.stopped => Err(error),
-            result => self.control.delete(self.id).and(result),
-        };
-        if let Err(error) = result
-            && error.kind() != ErrorKind::NotFound
-        {
+        // Where stopping hangs in the driver, so would deleting.
+        let result = self.shut_down().and_then(|trouble| {
+            self.control.delete(self.handle.id)?;
+            trouble.map_or(Ok(()), Err)
+        });
+        if let Err(error) = result {
             tracing::error!("{error}");
         }
     }
@@ -334,24 +375,26 @@ impl Drop for Device {
 #[must_use = "the device is removed when this is dropped"]
 pub struct Stopped {
     id: u32,
-    control: Option<Control>,
+    limit: Duration,
+    trouble: Option<Error>,
+    deleted: bool,
 }
 
 impl Stopped {
-    /// Removes the device; its number becomes free.
+    /// Removes the device. Its number becomes free, when the last of those who
+    /// had the disk open closes it.
+    ///
+    /// An error can also be one that stopping met on its way: something could
+    /// not be written back, or a request had to be given up.
     pub fn delete(mut self) -> Result<()> {
         self.delete_once()
     }
 
     fn delete_once(&mut self) -> Result<()> {
-        let Some(mut control) = self.control.take() else {
-            return Ok(());
-        };
-        match control.delete(self.id) {
-            // Somebody was faster.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            result => result,
+        if !std::mem::replace(&mut self.deleted, true) {
+            Control::open(self.limit)?.delete(self.id)?;
         }
+        self.trouble.take().map_or(Ok(()), Err)
     }
 }
 

@@ -28,7 +28,7 @@ mod uapi;
 mod users;
 
 pub use datapath::DataPath;
-pub use device::{Device, Ended, StopHandle, Stopped};
+pub use device::{Device, Ended, Handle, Stopped};
 pub use info::{DeviceInfo, State, features, info, list};
 pub use options::Options;
 pub use remove::remove;

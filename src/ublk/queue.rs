@@ -10,9 +10,12 @@
 
 use std::cell::Cell;
 use std::fs::File;
+use std::future::poll_fn;
 use std::os::fd::AsRawFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::thread::JoinHandle;
 
 use super::datapath::DataPath;
@@ -148,6 +151,11 @@ impl<H: BlockHandler> Queue<H> {
             DataPath::UserCopy => (0, 0),
             DataPath::AutoBuf => (0, buffer_slot(tag)),
         };
+        poll_fn(|context| {
+            self.shared.add_server(context.waker());
+            Poll::Ready(())
+        })
+        .await;
         let mut command = UBLK_U_IO_FETCH_REQ;
         let mut answer = 0;
         loop {
@@ -189,7 +197,14 @@ impl<H: BlockHandler> Queue<H> {
             len: wanted.len,
             payload,
         };
-        let result = self.handler.handle(self.setup.queue, request).await;
+        let mut handling = pin!(self.handler.handle(self.setup.queue, request));
+        let result = poll_fn(|context| {
+            if self.shared.is_giving_up() {
+                return Poll::Ready(Err(given_up()));
+            }
+            handling.as_mut().poll(context)
+        })
+        .await;
         if let Err(error) = &result {
             self.report(&wanted, error);
         }
@@ -273,6 +288,17 @@ fn prepare_thread(affinity: &[u8]) {
         let error = std::io::Error::last_os_error();
         tracing::debug!("PR_SET_IO_FLUSHER: {error}");
     }
+}
+
+/// The error of a request that stands in the way of stopping the device. Its
+/// handler's future is dropped, once; whatever it does not like about that, a
+/// request without an answer would keep the driver, and so this process, from
+/// ever ending.
+fn given_up() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        "the device is stopped, and its handler has not finished",
+    )
 }
 
 /// The error of a queue that ended while it was still needed.

@@ -105,10 +105,7 @@ fn wait_gone(control: &mut Control, id: u32, server: Option<u32>) -> Result<()> 
             Some(result) => result?,
         }
     }
-    match control.delete(id) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    control.delete(id)
 }
 
 /// True for a process that still runs; not for one that nobody has waited for.

@@ -1,7 +1,8 @@
 //! What the queue threads and the device's owner tell each other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
@@ -12,6 +13,10 @@ pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     queues: Box<[Counter]>,
+    /// Requests are not waited for any more.
+    giving_up: AtomicBool,
+    /// The tasks that serve requests.
+    servers: Mutex<Vec<Waker>>,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +44,8 @@ impl Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
             queues: (0..queues).map(|_| Counter::default()).collect(),
+            giving_up: AtomicBool::new(false),
+            servers: Mutex::default(),
         }
     }
 
@@ -52,6 +59,25 @@ impl Shared {
     pub(super) fn served(&self) -> u64 {
         let count = |queue: &Counter| queue.served.load(Ordering::Relaxed);
         self.queues.iter().map(count).sum()
+    }
+
+    /// Makes every task that serves requests look at [`Self::is_giving_up`].
+    pub(super) fn give_up(&self) {
+        self.giving_up.store(true, Ordering::SeqCst);
+        let servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        servers.iter().for_each(Waker::wake_by_ref);
+    }
+
+    pub(super) fn is_giving_up(&self) -> bool {
+        self.giving_up.load(Ordering::Relaxed)
+    }
+
+    /// Adds the current task to those that serve requests.
+    pub(super) fn add_server(&self, waker: &Waker) {
+        self.servers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(waker.clone());
     }
 
     pub(super) fn queues(&self) -> usize {
