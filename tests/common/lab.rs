@@ -106,16 +106,12 @@ pub fn created(options: &str, size: u64) -> sim::Image {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
     let size = size.to_string();
-    super::qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        path.to_str().unwrap(),
-        &size,
-    ]);
+    let mut args = vec!["create", "-q", "-f", "qcow2"];
+    if !options.is_empty() {
+        args.extend(["-o", options]);
+    }
+    args.extend([path.to_str().unwrap(), &size]);
+    super::qemu_img(&args);
     sim::Image::load(&path).unwrap()
 }
 
