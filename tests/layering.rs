@@ -15,7 +15,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "runtime"]),
     ("report", &["disk", "chain", "qcow2", "storage"]),
-    ("config", &[]),
+    ("config", &["ublk", "engine", "chain", "qcow2", "storage"]),
+    (
+        "daemon",
+        &[
+            "config", "ublk", "engine", "disk", "chain", "qcow2", "storage", "runtime",
+        ],
+    ),
 ];
 
 fn sources(dir: &Path, into: &mut Vec<PathBuf>) {
