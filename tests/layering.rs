@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("chain", &["qcow2", "storage", "runtime"]),
     ("engine", &["chain", "qcow2", "storage", "runtime"]),
     ("ublk", &["runtime"]),
-    ("disk", &["engine", "chain", "runtime"]),
+    ("disk", &["engine", "chain", "qcow2", "runtime"]),
     ("report", &["disk", "chain", "qcow2", "storage"]),
     ("config", &["ublk", "engine", "chain", "qcow2", "storage"]),
     (

@@ -62,11 +62,7 @@ impl Image {
         let table = reserved.offset();
         let cluster_size = self.geometry.cluster_size();
         match shared {
-            L1Entry::Unallocated => {
-                if !reserved.run().zeroed {
-                    self.write_zero_cluster(table).await?;
-                }
-            }
+            L1Entry::Unallocated => self.write_zero_cluster(table).await?,
             L1Entry::Table { offset, .. } => {
                 let mut copy = Buf::take(cluster_size as usize);
                 self.storage.read(offset.0, &mut copy).await?;

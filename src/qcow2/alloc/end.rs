@@ -98,7 +98,10 @@ impl Image {
         Ok(())
     }
 
-    /// Writes a cluster of zeros: metadata that must not show what was there.
+    /// Writes a cluster of zeros for new metadata: what was there must not
+    /// show. Also where zeros are already, because it makes the host find the
+    /// space now: a mapping whose data has been acknowledged must not meet a
+    /// full file system.
     pub(in crate::qcow2) async fn write_zero_cluster(&self, offset: HostOffset) -> Result<()> {
         let zeros = Buf::zeroed(self.geometry.cluster_size() as usize);
         self.storage.write(offset.0, &zeros).await
@@ -165,9 +168,7 @@ impl Image {
 
     /// Puts an empty refcount block at `offset` into the table.
     async fn new_block(&self, alloc: &mut Allocator, index: u64, offset: HostOffset) -> Result<()> {
-        if offset.cluster(self.geometry.cluster_bits) < alloc.fresh {
-            self.write_zero_cluster(offset).await?;
-        }
+        self.write_zero_cluster(offset).await?;
         self.refblocks.forget(offset, self.geometry.cluster_size());
         self.metadata.add(offset);
         alloc.refcounts.set_block(index, offset);
