@@ -693,7 +693,8 @@ fn t5_encrypted_images_are_refused_not_read_as_they_are() {
             "{method}: {error}"
         );
     }
-    for options in ["extended_l2=on", "data_file=x.raw"] {
+    let data_file = format!("data_file={}", folder.path("data").display());
+    for options in ["extended_l2=on", &data_file] {
         let path = folder.create("b", options, M);
         refused(&path, &chain::Options::default(), ErrorKind::Unsupported);
         refused(&path, &writable(), ErrorKind::Unsupported);
