@@ -217,6 +217,36 @@ errors() {
     fails qcow2-ublk del "$device"
 }
 
+# The image on a block device that is full of old data and has sectors of 4096
+# bytes, under a device with sectors of 512.
+on_block_device() {
+    local loop device
+    dd if=/dev/urandom of=back bs=1M count=96 status=none
+    loop=$(losetup -f --show -b 4096 back)
+    qcow2-ublk create "$loop" 80M
+    device=$(qcow2-ublk add --cache none "$@" "$loop")
+    [[ $(blockdev --getss "$device") == 512 ]]
+    cmp -n $((80 << 20)) "$device" /dev/zero
+    fio --name=small --filename="$device" --direct=1 --ioengine=libaio --iodepth=8 \
+        --rw=randwrite --bs=512 --size=16M --io_size=2M --verify=crc32c --verify_fatal=1 \
+        --output=fio.log || { cat fio.log; return 1; }
+    blkdiscard "$device"
+    mkfs.ext4 -q "$device"
+    mkdir mnt
+    tree
+    mount "$device" mnt
+    cp -r tree mnt/
+    umount mnt
+    qcow2-ublk del "$device"
+    sound "$loop"
+    device=$(qcow2-ublk add --read-only "$loop")
+    mount -o ro "$device" mnt
+    diff -r tree mnt/tree
+    umount mnt
+    qcow2-ublk del "$device"
+    losetup -d "$loop"
+}
+
 begin "$@"
 paths=(copy user-copy)
 [[ $(uname -r) == 6.1[0-5].* ]] || paths+=(auto-buf)
@@ -231,6 +261,7 @@ for path in "${paths[@]}"; do
     try "xfs ($path)" file_system xfs --data-path "$path" --queues 2
     try "discard returns space ($path)" discard_returns_space --data-path "$path"
     try "discard hides the backing file ($path)" discard_hides_backing --data-path "$path"
+    try "image on a block device ($path)" on_block_device --data-path "$path"
     try "full file system ($path)" no_space --data-path "$path"
     try "del during I/O ($path)" deleted_during_io --data-path "$path" --queues 2
     try "SIGTERM during I/O ($path)" terminated_during_io --data-path "$path" --queues 2
