@@ -15,7 +15,7 @@ use crate::chain::{self, Chain};
 use crate::config::Plan;
 use crate::engine::{Engine, Housekeeper};
 use crate::error::{Error, ErrorKind, Result};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, sys};
 use crate::storage::CacheMode;
 use crate::ublk::{Device, Ended};
 
@@ -40,6 +40,10 @@ pub enum Hangup {
 /// called once, with the device's path, when it can be used; if it fails, the
 /// device goes again.
 pub fn serve(plan: &Plan, hangup: Hangup, ready: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    // Before any thread: each of them may hold what the device waits for.
+    if let Err(error) = sys::become_io_flusher() {
+        tracing::debug!("PR_SET_IO_FLUSHER: {error}");
+    }
     // From here on a signal waits until there is something to stop.
     let signals = Signals::catch(hangup)?;
     let runtime = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;

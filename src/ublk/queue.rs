@@ -25,10 +25,7 @@ use super::shared::Shared;
 use super::uapi::{UBLK_U_IO_COMMIT_AND_FETCH_REQ, UBLK_U_IO_FETCH_REQ};
 use crate::block::{BlockHandler, Payload, Request};
 use crate::error::{Error, ErrorKind, Result};
-use crate::runtime::{Runtime, ops, spawn, yield_now};
-
-/// linux/prctl.h; since Linux 5.6, not in libc for every target.
-const PR_SET_IO_FLUSHER: libc::c_int = 57;
+use crate::runtime::{Runtime, ops, spawn, sys, yield_now};
 
 /// How a queue is to be run.
 #[derive(Debug)]
@@ -281,11 +278,7 @@ fn prepare_thread(affinity: &[u8]) {
             libc::sched_setaffinity(0, allowed.len(), allowed.as_ptr().cast());
         }
     }
-    // SAFETY: no pointers.
-    let flusher = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-    if flusher != 0 {
-        // Needs CAP_SYS_RESOURCE.
-        let error = std::io::Error::last_os_error();
+    if let Err(error) = sys::become_io_flusher() {
         tracing::debug!("PR_SET_IO_FLUSHER: {error}");
     }
 }
