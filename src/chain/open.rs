@@ -101,14 +101,20 @@ fn locks(options: &Options, writable: bool) -> Locks {
     }
 }
 
+/// Least cluster size for direct I/O, in bytes: a page. Below, lengthening and
+/// punching the file touch the pages of neighbouring clusters in the page
+/// cache, and direct I/O on those fails.
+const MIN_DIRECT: u64 = 4096;
+
 /// Opens a qcow2 image. Where its clusters are smaller than what direct I/O
-/// can address, it goes through the page cache.
+/// can address safely, it goes through the page cache.
 async fn open_image(
     open: impl Fn(CacheMode) -> Result<Storage>,
     options: &Options,
 ) -> Result<Image> {
     let image = Image::open(open(options.cache)?, &options.image).await?;
-    if u64::from(image.storage().alignment()) <= image.cluster_size() {
+    let unit = u64::from(image.storage().alignment());
+    if unit == 1 || unit.max(MIN_DIRECT) <= image.cluster_size() {
         return Ok(image);
     }
     drop(image);

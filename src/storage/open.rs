@@ -15,6 +15,11 @@ use super::{Alignment, CacheMode, Durability, Locks, OpenOptions, Storage, lock}
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buf, sys};
 
+/// What is zeroed or given back under direct I/O, in bytes, is whole pages:
+/// parts of them the file system zeroes in the page cache, and a direct write
+/// that finds its page dirty there makes the next sync fail.
+const PAGE: u32 = 4096;
+
 impl Storage {
     /// Opens a regular file or a block device, and takes its locks before
     /// anything is read.
@@ -227,7 +232,7 @@ fn set_up(
         Some(needs) => Ok(Some(Alignment {
             offset: needs.offset,
             memory: needs.memory.max(1),
-            allocation: sector,
+            allocation: if block_device { sector } else { PAGE },
         })),
         None if block_device => Ok(Some(Alignment {
             offset: sector,
@@ -259,6 +264,6 @@ fn probe(file: &File) -> io::Result<Alignment> {
         offset: unit,
         // Not probed: our own buffers are aligned to more than this.
         memory: LARGEST,
-        allocation: 1,
+        allocation: PAGE,
     })
 }

@@ -54,8 +54,9 @@ impl Storage {
     }
 
     /// The part of a range that an allocation request can cover: all of it in
-    /// a file, whose file system takes care of partial blocks; the whole
-    /// sectors in it on a block device.
+    /// a file, whose file system takes care of partial blocks in the page
+    /// cache; the whole pages in it with direct I/O, the whole sectors on a
+    /// block device.
     fn allocation_units(&self, offset: u64, end: u64) -> (u64, u64) {
         let unit = u64::from(self.alignment.allocation);
         (
