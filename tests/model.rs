@@ -1,52 +1,77 @@
 //! Random operations on images of many shapes against a flat vector of bytes,
-//! with `qemu-img check` and `qemu-img compare` as second opinion.
+//! with `qemu-img check` and `qemu-img compare` as second opinion: with and
+//! without io_uring, through the page cache and past it, several tasks at
+//! once, and across reopening.
+
+mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::sync::Arc;
 
+use common::lab::{self, watched};
+use common::{half_random, qemu_img};
+use qcow2_ublk::block::BlockHandler;
+use qcow2_ublk::engine::{self, Engine};
+use qcow2_ublk::runtime::{Runtime, spawn};
+use qcow2_ublk::storage::CacheMode;
+use qcow2_ublk::storage::sim::Rng;
 use qcow2_ublk::{Disk, chain};
 
 const SIZE: u64 = 4 << 20;
+const TASKS: u64 = 3;
 
-fn qemu_img(args: &[&str]) {
-    let output = Command::new("qemu-img")
-        .args(args)
-        .output()
-        .expect("run qemu-img");
-    assert!(
-        output.status.success(),
-        "qemu-img {args:?}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+/// A folder beside the build: /tmp may know no direct I/O.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-struct Rng(u64);
+fn name(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
 
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+/// How the work is done; a seed takes its turn through all ways.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    ring: bool,
+    direct: bool,
+}
+
+impl Way {
+    fn of(seed: u64) -> Self {
+        Self {
+            ring: seed & 1 == 0,
+            direct: seed & 2 == 0,
+        }
     }
 
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+    fn runtime(self) -> Runtime {
+        if self.ring {
+            Runtime::uring(32).unwrap()
+        } else {
+            Runtime::inline().unwrap()
+        }
+    }
+
+    async fn open(self, path: &Path) -> Arc<Engine> {
+        let options = chain::Options {
+            writable: true,
+            cache: if self.direct {
+                CacheMode::None
+            } else {
+                CacheMode::Writeback
+            },
+            ..chain::Options::default()
+        };
+        let chain = chain::open(path, &options).await.unwrap();
+        let engine = Engine::new(chain, engine::Options::default());
+        engine.queue_started(0).unwrap();
+        Arc::new(engine)
     }
 }
 
-fn open(path: &Path, writable: bool) -> Disk {
-    let options = chain::Options {
-        writable,
-        ..Default::default()
-    };
-    Disk::open(path, &options).unwrap()
-}
-
-fn verify(disk: &Disk, model: &[u8], what: &str) {
-    let mut seen = vec![0xee; model.len()];
-    disk.read_at(&mut seen, 0).unwrap();
+#[track_caller]
+fn assert_same(seen: &[u8], model: &[u8], what: &str) {
+    assert_eq!(seen.len(), model.len(), "{what}: the length");
     if let Some(at) = seen.iter().zip(model).position(|(a, b)| a != b) {
         panic!(
             "{what}: byte {at:#x} is {:#x}, not {:#x}",
@@ -55,148 +80,261 @@ fn verify(disk: &Disk, model: &[u8], what: &str) {
     }
 }
 
-fn exercise(dir: &Path, path: PathBuf, mut model: Vec<u8>, seed: u64, operations: u32) {
-    let mut rng = Rng(seed * 2 + 1);
-    let name = path.to_str().unwrap().to_owned();
-    let size = model.len() as u64;
-    let mut disk = open(&path, true);
-    verify(&disk, &model, "as made");
-    for step in 0..operations {
-        let offset = rng.below(size / 512) * 512;
-        let largest = if rng.below(4) == 0 { size } else { 256 << 10 };
-        let len = (rng.below(largest / 512) * 512 + 512).min(size - offset);
-        let range = offset as usize..(offset + len) as usize;
-        match rng.below(12) {
-            0..6 => {
-                let byte = rng.next() as u8 | 1;
-                model[range.clone()].fill(byte);
-                disk.write_at(&model[range], offset).unwrap();
-            }
-            6 => {
-                model[range].fill(0);
-                disk.write_zeroes_at(offset, len, rng.below(2) == 0)
-                    .unwrap();
-            }
-            7 => {
-                disk.discard_at(offset, len).unwrap();
-                // A discard promises nothing for parts of clusters.
-                disk.read_at(&mut model[range], offset).unwrap();
-            }
-            8 => disk.flush().unwrap(),
-            9 if rng.below(4) == 0 => {
-                disk.close().unwrap();
-                qemu_img(&["check", "-q", &name]);
-                disk = open(&path, true);
-            }
-            _ => {
-                let mut seen = vec![0xee; len as usize];
-                disk.read_at(&mut seen, offset).unwrap();
-                assert!(seen == model[range], "step {step}: read {len} at {offset}");
+/// One task's part of the disk: `model` is what it holds from `start` on.
+struct Task {
+    engine: Arc<Engine>,
+    start: u64,
+    model: Vec<u8>,
+    rng: Rng,
+}
+
+impl Task {
+    async fn work(mut self, operations: u32) -> (u64, Vec<u8>) {
+        let size = self.model.len() as u64;
+        for step in 0..operations {
+            // Mostly sectors, as devices do; sometimes any bytes.
+            let unit = if self.rng.chance(3, 4) { 512 } else { 1 };
+            let at = self.rng.below(size / unit) * unit;
+            let largest = match self.rng.below(6) {
+                0 => size,
+                1..3 => 4096,
+                _ => 128 << 10,
+            };
+            let len = (self.rng.below(largest / unit) * unit + unit).min(size - at);
+            let range = at as usize..(at + len) as usize;
+            let (engine, offset) = (&self.engine, self.start + at);
+            match self.rng.below(12) {
+                0..6 => {
+                    let byte = self.rng.next_u64() as u8 | 1;
+                    self.model[range.clone()].fill(byte);
+                    let fua = self.rng.chance(1, 20);
+                    lab::write(engine, 0, offset, &self.model[range], fua)
+                        .await
+                        .unwrap();
+                }
+                6 => {
+                    self.model[range].fill(0);
+                    let unmap = self.rng.chance(1, 2);
+                    engine.write_zeroes(0, offset, len, unmap).await.unwrap();
+                }
+                7 => {
+                    engine.discard(0, offset, len).await.unwrap();
+                    // A discard promises nothing for parts of clusters.
+                    let now = lab::read(engine, 0, offset, len).await.unwrap();
+                    for (now, before) in now.iter().zip(&mut self.model[range]) {
+                        assert!(*now == 0 || now == before, "step {step}: a discard");
+                        *before = *now;
+                    }
+                }
+                8 => engine.flush().await.unwrap(),
+                _ => {
+                    let seen = lab::read(engine, 0, offset, len).await.unwrap();
+                    assert_same(&seen, &self.model[range], &format!("step {step}"));
+                }
             }
         }
+        (self.start, self.model)
     }
-    verify(&disk, &model, "at the end");
-    disk.close().unwrap();
-    qemu_img(&["check", "-q", &name]);
-    let flat = dir.join("flat.raw");
+}
+
+/// Rounds of work by several tasks side by side; between them the disk is
+/// compared as a whole and opened anew. What it holds in the end.
+fn exercise(path: &Path, mut model: Vec<u8>, seed: u64, operations: u32) -> Vec<u8> {
+    let way = Way::of(seed);
+    let mut rng = Rng::new(seed);
+    let size = model.len() as u64;
+    for round in 0..2 {
+        model = way.runtime().block_on(async {
+            let engine = way.open(path).await;
+            let seen = lab::read(&engine, 0, 0, size).await.unwrap();
+            assert_same(&seen, &model, &format!("{way:?}, round {round}"));
+            // Where one task's part ends and the next begins is the middle of
+            // a cluster, in general.
+            let mut tasks = Vec::new();
+            let mut start = 0;
+            for task in 1..=TASKS {
+                let end = if task == TASKS {
+                    size
+                } else {
+                    (size * task / TASKS - rng.below(size / 8)) / 512 * 512
+                };
+                let task = Task {
+                    engine: Arc::clone(&engine),
+                    start,
+                    model: model[start as usize..end as usize].to_vec(),
+                    rng: Rng::new(rng.next_u64()),
+                };
+                tasks.push(spawn(task.work(operations / 2 / TASKS as u32)));
+                start = end;
+            }
+            let mut model = Vec::with_capacity(size as usize);
+            for task in tasks {
+                let (start, part) = task.await;
+                assert_eq!(start, model.len() as u64);
+                model.extend(part);
+            }
+            let seen = lab::read(&engine, 0, 0, size).await.unwrap();
+            assert_same(&seen, &model, &format!("{way:?}, after round {round}"));
+            engine.close().await.unwrap();
+            model
+        });
+        lab::qemu_check(path, false);
+    }
+    let flat = path.with_extension("flat");
     std::fs::write(&flat, &model).unwrap();
+    let args = ["compare", "-q", "-f", "qcow2", "-F", "raw"];
+    qemu_img(&[args.as_slice(), &[name(path), name(&flat)]].concat());
+    let disk = Disk::open(path, &chain::Options::default()).unwrap();
+    let mut seen = vec![0xee; model.len()];
+    disk.read_at(&mut seen, 0).unwrap();
+    assert_same(&seen, &model, "reopened read-only");
+    model
+}
+
+fn create(path: &Path, options: &str, size: u64) {
+    let size = size.to_string();
     qemu_img(&[
-        "compare",
+        "create",
         "-q",
         "-f",
         "qcow2",
-        "-F",
-        "raw",
-        &name,
-        flat.to_str().unwrap(),
+        "-o",
+        options,
+        name(path),
+        &size,
     ]);
-    verify(&open(&path, false), &model, "reopened read-only");
+}
+
+/// Converts `content` to an image beside `path`'s place, which is made.
+fn convert(content: &[u8], path: &Path, arguments: &[&str]) {
+    let raw: PathBuf = path.with_extension("raw");
+    std::fs::write(&raw, content).unwrap();
+    let names = [name(&raw), name(path)];
+    qemu_img(&[&["convert", "-f", "raw"], arguments, &names].concat());
 }
 
 #[test]
-fn random_operations_on_images_of_every_shape() {
-    let mut seed = 1;
-    for compat in ["0.10", "1.1"] {
-        for cluster in ["512", "4k", "64k", "2M"] {
-            for bits in ["1", "2", "4", "8", "16", "32", "64"] {
-                if compat == "0.10" && bits != "16" {
-                    continue;
+fn images_of_every_shape() {
+    watched(300, || {
+        let mut seed = 1;
+        for compat in ["0.10", "1.1"] {
+            for cluster in ["512", "4k", "64k", "2M"] {
+                for bits in ["1", "2", "4", "8", "16", "32", "64"] {
+                    if compat == "0.10" && bits != "16" {
+                        continue;
+                    }
+                    let dir = scratch();
+                    let path = dir.path().join("a.qcow2");
+                    let options =
+                        format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
+                    eprintln!("{options} seed {seed}");
+                    create(&path, &options, SIZE);
+                    exercise(&path, vec![0; SIZE as usize], seed, 150);
+                    seed += 1;
                 }
-                let dir = tempfile::tempdir().unwrap();
-                let path = dir.path().join("a.qcow2");
-                let options =
-                    format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
-                eprintln!("{options} seed {seed}");
-                qemu_img(&[
-                    "create",
-                    "-q",
-                    "-f",
-                    "qcow2",
-                    "-o",
-                    &options,
-                    path.to_str().unwrap(),
-                    &SIZE.to_string(),
-                ]);
-                exercise(dir.path(), path, vec![0; SIZE as usize], seed, 150);
-                seed += 1;
             }
         }
-    }
+    });
 }
 
 #[test]
-fn random_operations_over_backing_files() {
-    let mut seed = 100;
-    for compat in ["0.10", "1.1"] {
-        for (cluster, base_cluster) in
-            [("512", "64k"), ("64k", "4k"), ("64k", "64k"), ("2M", "512")]
-        {
-            // Shorter than, as long as and longer than the overlay; not at the
-            // end of a cluster.
-            for base_size in [SIZE / 2 + 512 * 3, SIZE, SIZE * 2] {
-                let dir = tempfile::tempdir().unwrap();
-                let (base, path) = (dir.path().join("base"), dir.path().join("a.qcow2"));
-                let name = path.to_str().unwrap();
-                let raw = base_size == SIZE;
-                eprintln!("{compat} {cluster} over {base_cluster} of {base_size} seed {seed}");
-                let mut model = vec![0; base_size as usize];
-                let mut rng = Rng(seed);
-                for chunk in model.chunks_mut(96 << 10) {
-                    chunk.fill(if rng.below(3) == 0 {
-                        0
+fn over_backing_files_of_every_length() {
+    watched(300, || {
+        let mut seed = 100;
+        for compat in ["0.10", "1.1"] {
+            for (cluster, base_cluster) in
+                [("512", "64k"), ("64k", "4k"), ("64k", "64k"), ("2M", "512")]
+            {
+                // Shorter than, as long as and longer than the overlay; not at
+                // the end of a cluster.
+                for base_size in [SIZE / 2 + 512 * 3, SIZE, SIZE * 2] {
+                    let dir = scratch();
+                    let (base, path) = (dir.path().join("base"), dir.path().join("a.qcow2"));
+                    let mut model = half_random(base_size as usize, seed);
+                    model[256 << 10..700 << 10].fill(0);
+                    let options = format!("cluster_size={base_cluster}");
+                    let raw = base_size == SIZE;
+                    let (format, arguments) = if raw {
+                        ("raw", vec!["-O", "raw"])
                     } else {
-                        rng.next() as u8
-                    });
+                        ("qcow2", vec!["-O", "qcow2", "-c", "-o", &options])
+                    };
+                    convert(&model, &base, &arguments);
+                    let options = format!(
+                        "compat={compat},cluster_size={cluster},\
+                         backing_file=base,backing_fmt={format}"
+                    );
+                    eprintln!("{options} of {base_size} seed {seed}");
+                    create(&path, &options, SIZE);
+                    model.resize(SIZE as usize, 0);
+                    exercise(&path, model, seed, 150);
+                    seed += 1;
                 }
-                let flat = dir.path().join("base.raw");
-                std::fs::write(&flat, &model).unwrap();
-                let format = if raw { "raw" } else { "qcow2" };
-                let options = format!("cluster_size={base_cluster}");
-                let mut args = vec!["convert", "-f", "raw", "-O", format];
-                if !raw {
-                    args.extend(["-c", "-o", &options]);
-                }
-                args.extend([flat.to_str().unwrap(), base.to_str().unwrap()]);
-                qemu_img(&args);
-                let options = format!("compat={compat},cluster_size={cluster}");
-                qemu_img(&[
-                    "create",
-                    "-q",
-                    "-f",
-                    "qcow2",
-                    "-o",
-                    &options,
-                    "-b",
-                    "base",
-                    "-F",
-                    format,
-                    name,
-                    &SIZE.to_string(),
-                ]);
-                model.resize(SIZE as usize, 0);
-                exercise(dir.path(), path, model, seed, 150);
+            }
+        }
+    });
+}
+
+#[test]
+fn compressed_images() {
+    watched(300, || {
+        let mut seed = 200;
+        for kind in ["zlib", "zstd"] {
+            for cluster in ["512", "4k", "64k", "2M"] {
+                let dir = scratch();
+                let path = dir.path().join("a.qcow2");
+                let options = format!("compression_type={kind},cluster_size={cluster}");
+                eprintln!("{options} seed {seed}");
+                let model = half_random(SIZE as usize, seed);
+                convert(&model, &path, &["-O", "qcow2", "-c", "-o", &options]);
+                exercise(&path, model, seed, 200);
                 seed += 1;
             }
         }
-    }
+    });
+}
+
+/// Three layers, a compressed one in the middle, and snapshots in the top one,
+/// whose content has to stay.
+#[test]
+fn chains_with_a_compressed_middle_and_snapshots() {
+    watched(300, || {
+        for seed in 300..308 {
+            let kind = ["zlib", "zstd"][seed as usize / 4 % 2];
+            let cluster = ["512", "4k", "64k", "64k"][seed as usize % 4];
+            let dir = scratch();
+            let place = |name: &str| dir.path().join(name);
+            let base = half_random(3 << 20, seed);
+            std::fs::write(place("base"), &base).unwrap();
+            // The middle layer hides a part of the base with compressed
+            // clusters, and is shorter.
+            let mut model = base.clone();
+            model[512 << 10..2 << 20].copy_from_slice(&half_random(1536 << 10, seed + 1));
+            model.truncate((2 << 20) + 1536);
+            let options = format!("compression_type={kind}");
+            let arguments = [
+                "-O", "qcow2", "-c", "-o", &options, "-B", "base", "-F", "raw",
+            ];
+            convert(&model, &place("middle"), &arguments);
+            let top = place("top");
+            let options = format!("cluster_size={cluster},backing_file=middle,backing_fmt=qcow2");
+            eprintln!("{kind}, {options} seed {seed}");
+            create(&top, &options, SIZE);
+            model.resize(SIZE as usize, 0);
+            model = exercise(&top, model, seed, 90);
+            qemu_img(&["snapshot", "-c", "one", name(&top)]);
+            let first = model.clone();
+            model = exercise(&top, model, seed + 1000, 90);
+            qemu_img(&["snapshot", "-c", "two", name(&top)]);
+            let second = model.clone();
+            exercise(&top, model, seed + 2000, 90);
+            for (snapshot, content) in [("one", first), ("two", second)] {
+                let seen = place("seen");
+                let option = format!("snapshot.name={snapshot}");
+                let names = [name(&top), name(&seen)];
+                qemu_img(&[&["convert", "-O", "raw", "-l", &option], names.as_slice()].concat());
+                assert_same(&std::fs::read(&seen).unwrap(), &content, snapshot);
+            }
+        }
+    });
 }
