@@ -93,7 +93,12 @@ impl Reactor {
         // own io_uring_enter, not by interrupting the thread.
         let build = |defer: bool| {
             let mut builder = IoUring::builder();
-            builder.setup_cqsize(entries.max(8) * 4).setup_clamp();
+            // No fork may keep what is registered with the ring alive: it can
+            // be a ublk device, whose end would wait for the child.
+            builder
+                .setup_cqsize(entries.max(8) * 4)
+                .setup_clamp()
+                .dontfork();
             if defer {
                 builder
                     .setup_single_issuer()

@@ -123,7 +123,10 @@ impl Control {
             .write(true)
             .open(CONTROL_PATH)
             .map_err(explain::open_control)?;
-        let ring = IoUring::builder().build(8).map_err(explain::make_ring)?;
+        let ring = IoUring::builder()
+            .dontfork()
+            .build(8)
+            .map_err(explain::make_ring)?;
         Ok(Self {
             ring,
             node,
@@ -193,19 +196,9 @@ impl Control {
     }
 
     /// Stops the device: its disk goes away, once what is in flight is done.
-    pub(super) fn stop(&mut self, id: u32, watch: &mut dyn FnMut() -> Watch) -> Result<()> {
-        self.call(
-            Call {
-                command: STOP_DEV,
-                id,
-                data: 0,
-                path: None,
-                buffer: &mut [],
-            },
-            watch,
-        )
-        .map(drop)
-        .map_err(|failure| explain::command(STOP_DEV, Some(id), failure))
+    /// The wait for that has no end but the server's: see [`super::apart`].
+    pub(super) fn stop(&mut self, id: u32) -> Result<(), Failure> {
+        self.buffer_call(STOP_DEV, id, 0, &mut []).map(drop)
     }
 
     /// Stops the device if nobody has it open; `EBUSY` otherwise.

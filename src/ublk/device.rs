@@ -16,7 +16,7 @@ use super::params::{params, sectors};
 use super::queue::{self, Setup};
 use super::shared::Shared;
 use super::uapi::ublksrv_ctrl_dev_info;
-use super::{explain, sync};
+use super::{explain, halt};
 use crate::block::{BlockHandler, Limits};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -304,7 +304,7 @@ impl Device {
         // The disk's page cache holds what buffered users have written. On a
         // device with recovery STOP_DEV would fail it, not write it.
         if self.started && alive {
-            trouble = sync::disk(id, limit).err();
+            trouble = halt::write_back(id, limit).err();
         }
         let (mut served, mut since) = (shared.served(), Instant::now());
         let mut watch = || {
@@ -327,11 +327,7 @@ impl Device {
         let threads = self.threads.len();
         let mut end = None;
         let ended = loop {
-            match self.control.stop(id, &mut watch) {
-                // Somebody was faster.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                result => result?,
-            }
+            halt::stop(id, limit, &mut watch)?;
             let ended = shared.wait_for(AGAIN, |state| (state.ended == threads).then_some(()));
             let end = *end.get_or_insert_with(|| Instant::now() + limit);
             if ended.is_some() || Instant::now() >= end {

@@ -63,6 +63,15 @@ impl Descriptors {
             char_device,
             offset as i64,
         )?;
+        // A child must not keep the device alive.
+        // SAFETY: advice about the mapping just made.
+        let advised = unsafe {
+            let start = mapping.start.as_ptr().cast();
+            libc::madvise(start, mapping.len, libc::MADV_DONTFORK)
+        };
+        if advised != 0 {
+            return Err(io::Error::last_os_error());
+        }
         Ok(Self { mapping, depth })
     }
 

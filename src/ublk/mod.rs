@@ -11,10 +11,12 @@
 //! code: its control plane waits without limit and refuses features that it
 //! does not know.
 
+mod apart;
 mod control;
 mod datapath;
 mod device;
 mod explain;
+mod halt;
 mod info;
 mod map;
 mod options;
@@ -23,7 +25,6 @@ mod queue;
 mod remove;
 mod request;
 mod shared;
-mod sync;
 mod uapi;
 mod users;
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::control::{Control, Failure, TIME_LIMIT, TRY_STOP_DEV};
 use super::device::poll;
+use super::halt::{self, Activity};
 use super::info::{DeviceInfo, State};
-use super::sync::{self, Activity};
 use super::uapi::Features;
 use super::{explain, users::users};
 use crate::error::{Error, ErrorKind, Result};
@@ -28,20 +28,32 @@ pub fn remove(id: u32, force: bool) -> Result<()> {
     if force {
         if device.state == State::Live
             && server.is_some()
-            && let Err(error) = sync::disk(id, TIME_LIMIT)
+            && let Err(error) = halt::write_back(id, TIME_LIMIT)
         {
             tracing::warn!("{error}");
         }
-        stop(&mut control, id)?;
+        stop(&device)?;
     } else if device.state != State::Dead {
         stop_unused(&mut control, &device)?;
     }
     wait_gone(&mut control, id, server)
 }
 
-fn stop(control: &mut Control, id: u32) -> Result<()> {
-    let mut activity = Activity::new(id);
-    control.stop(id, &mut || activity.look())
+fn stop(device: &DeviceInfo) -> Result<()> {
+    let mut activity = Activity::new(device.id);
+    let stopped = halt::stop(device.id, TIME_LIMIT, &mut || activity.look());
+    match (stopped, device.pid) {
+        (Err(error), Some(pid)) if error.kind() == ErrorKind::Timeout => Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "ublk device {} cannot be stopped: its server (pid {pid}) does not finish its \
+                 requests",
+                device.id
+            ),
+        )
+        .cure(format!("kill process {pid}: the device is stopped by that"))),
+        (stopped, _) => stopped,
+    }
 }
 
 fn stop_unused(control: &mut Control, device: &DeviceInfo) -> Result<()> {
@@ -65,7 +77,7 @@ fn stop_unused(control: &mut Control, device: &DeviceInfo) -> Result<()> {
     if free.is_none() {
         return Err(in_use(id, &users(id)));
     }
-    stop(control, id)
+    stop(device)
 }
 
 fn in_use(id: u32, users: &[String]) -> Error {

@@ -343,6 +343,64 @@ hangs() {
     absent "$id"
 }
 
+# The same while the device starts: before Linux 7.0 the kernel looks for
+# partitions during the start itself.
+hangs_early() {
+    local code=0
+    timeout -s TERM 3 ramdisk serve 4M --time-limit 4 --fail read:0:hang || code=$?
+    await 20 absent 0
+    start r 4M
+    stop r
+}
+
+# Killed while what users have written is written back before the stop, or
+# while the driver waits for a request during the stop itself: nothing of the
+# server may stay in the kernel, nor the device.
+killed_while_stopping() {
+    start r 4M --fail "$1:128:hang"
+    if [[ $1 == write ]]; then
+        exec 7<>"$dev"
+        dd if=/dev/zero bs=512 seek=128 count=1 conv=notrunc >&7
+    else
+        dd if="$dev" of=/dev/null bs=512 skip=128 count=1 iflag=direct &
+    fi
+    sleep 0.5
+    kill -TERM "$pid"
+    sleep 1
+    kill -KILL "$pid"
+    end r "$pid" 137
+    exec 7>&-
+    await 20 test ! -e "$dev"
+    ramdisk remove "$id"
+    absent "$id"
+    start again 4M
+    stop again
+}
+
+# Somebody else's stop meets a request that never ends.
+remove_hangs() {
+    start r 4M --fail read:128:hang
+    dd if="$dev" of=/dev/null bs=512 skip=128 count=1 iflag=direct &
+    local reader=$! remover
+    sleep 0.5
+    ramdisk remove --force "$id" 2>remove.err &
+    remover=$!
+    sleep 1
+    if [[ $1 == kill ]]; then
+        kill -KILL "$pid"
+    else
+        # It gives up by itself, after its time limit.
+        await 60 gone_process $remover
+        grep "cannot be stopped: its server (pid $pid)" remove.err
+        kill -KILL "$pid"
+    fi
+    end r "$pid" 137
+    await 20 gone_process $reader
+    await 20 gone_process $remover
+    [[ ! -e /dev/ublkc$id ]] || ramdisk remove "$id"
+    absent "$id"
+}
+
 # A queue that does not come up: no device, and no waiting for one.
 queue_fails() {
     local queue
@@ -414,10 +472,12 @@ for path in "${paths[@]}"; do
     for case in file_system flush_and_fua zeroes failures read_only; do only "$case, $path" "$case" "$path"; done
 done
 for case in geometry partitions taken name_taken two_devices in_use dies_mounted panics hangs \
-    queue_fails grows limits; do
+    hangs_early queue_fails grows limits; do
     only $case $case
 done
 for how in stop remove; do only "write-back at a $how" write_back $how; done
+for what in write read; do only "killed while stopping: $what" killed_while_stopping $what; done
+for how in kill wait; do only "hanging remove: $how" remove_hangs $how; done
 for how in remove term kill; do only "under load: $how" under_load $how; done
 only "not root" not_root
 only "no driver" no_driver
