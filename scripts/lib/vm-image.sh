@@ -10,7 +10,7 @@ guest_modules=(virtio_pci virtio_blk virtio_console ublk_drv nbd loop brd null_b
 
 # Without these a guest makes no sense.
 guest_tools=(dash bash qemu-img qemu-io qemu-nbd fio mkfs.ext4 e2fsck mkfs.xfs xfs_repair sfdisk
-    losetup blkdiscard blockdev fallocate mount umount flock tar)
+    losetup blkdiscard blockdev fallocate mount umount flock tar socat)
 
 # Welcome when the host has them; busybox does the rest.
 guest_extras=(partprobe partx lsblk blkid wipefs unshare nsenter setpriv prlimit setfattr getfattr

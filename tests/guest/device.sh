@@ -217,6 +217,29 @@ errors() {
     fails qcow2-ublk del "$device"
 }
 
+# A service manager is told READY when the block node exists, not before, and
+# STOPPING on SIGTERM: what the systemd unit (Type=notify) relies on. Settings
+# come from a file by name, as in the unit.
+notifies() {
+    local pid
+    qcow2-ublk create disk.qcow2 64M
+    mkdir -p /etc/qcow2-ublk
+    printf 'image = "%s"\nnumber = 7\nqueues = 2\n' "$PWD/disk.qcow2" >/etc/qcow2-ublk/vm.toml
+    socat -u "UNIX-RECV:$PWD/notify.sock" OPEN:got,creat,append &
+    eventually test -S notify.sock
+    NOTIFY_SOCKET=$PWD/notify.sock qcow2-ublk add --config vm >out 2>log &
+    pid=$!
+    eventually grep -aq READY=1 got
+    test -b /dev/ublkb7
+    kill -0 "$pid"
+    kill -TERM "$pid"
+    wait "$pid"
+    eventually grep -aq STOPPING=1 got
+    gone /dev/ublkb7
+    sound disk.qcow2
+    kill %1
+}
+
 # The image on a block device that is full of old data and has sectors of 4096
 # bytes, under a device with sectors of 512.
 on_block_device() {
@@ -252,6 +275,7 @@ paths=(copy user-copy)
 [[ $(uname -r) == 6.1[0-5].* ]] || paths+=(auto-buf)
 try "errors of add and del" errors
 try "locks against QEMU" locks
+try "notifies the service manager" notifies
 for path in "${paths[@]}"; do
     for queues in 1 3; do
         options=(--data-path "$path" --queues "$queues")
