@@ -181,12 +181,12 @@ impl Engine {
         let partial_first = target.head > 0 || (target.count == 1 && tail > 0);
         let partial_last = target.count > 1 && tail > 0;
         let first_copy = if partial_first {
-            self.around(target, 0, target.zeroed).await?
+            self.around(target, 0).await?
         } else {
             None
         };
         let last_copy = if partial_last {
-            self.around(target, target.count - 1, target.zeroed).await?
+            self.around(target, target.count - 1).await?
         } else {
             None
         };
@@ -226,14 +226,14 @@ impl Engine {
 
     /// What the `nth` cluster of the target shows now, or None when that is
     /// zeros and the host cluster has them already.
-    async fn around(&self, target: &Target, nth: u64, zeroed: bool) -> Result<Option<Buf>> {
+    async fn around(&self, target: &Target, nth: u64) -> Result<Option<Buf>> {
         let cluster_size = self.top().cluster_size();
         let guest = target.first + nth * cluster_size;
         // Past the virtual end a cluster holds zeros, whatever lies below: a
         // later growth shows them.
         let inside = cluster_size.min(self.size() - guest.0);
         let zeros = self.reads_zero(0, guest.0, inside).await?;
-        if zeros && zeroed {
+        if zeros && target.zeroed {
             return Ok(None);
         }
         let mut cluster = Buf::take(cluster_size as usize);
