@@ -189,3 +189,19 @@ add_to_job() {
     fi
     [[ ${#programs[@]} -eq 0 ]] || install_libraries "$root" "${programs[@]}"
 }
+
+# systemd, journald and udev of the host, with their units and rules.
+add_systemd() {
+    local root=$1 tool found
+    for tool in systemctl journalctl udevadm systemd-tmpfiles systemd-run; do
+        locate "$tool" || die 125 "no $tool on this machine: run scripts/setup test"
+        add_to_job "$root" "$found" "/usr/bin/$tool"
+    done
+    add_to_job "$root" /usr/lib/systemd /usr/lib/systemd
+    add_to_job "$root" /usr/lib/udev /usr/lib/udev
+    # Only what somebody asks for is started: none of the host's own services.
+    rm -rf "$root"/usr/lib/udev/hwdb* "$root"/usr/lib/systemd/system/*.wants/*hwdb*
+    mkdir -p "$root/etc/systemd/system"
+    : >"$root/etc/fstab"
+    touch "$root/vm/systemd"
+}
