@@ -89,6 +89,12 @@ impl Disk {
         blocking(self.engine.write(0, offset, Payload::of_slice(bytes)))
     }
 
+    /// Writes `bytes` at byte `offset` of the disk, compressed with the image's
+    /// method; see [`Engine::write_compressed`].
+    pub fn write_compressed_at(&self, bytes: &[u8], offset: u64, level: Option<i32>) -> Result<()> {
+        blocking(self.engine.write_compressed(0, offset, bytes, level))
+    }
+
     /// Makes a range read as zeros; with `unmap` its space may be freed.
     pub fn write_zeroes_at(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         blocking(self.engine.write_zeroes(0, offset, len, unmap))

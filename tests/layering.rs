@@ -11,7 +11,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("storage", &["runtime"]),
     ("qcow2", &["codec", "storage", "runtime"]),
     ("chain", &["qcow2", "storage", "runtime"]),
-    ("engine", &["chain", "qcow2", "storage", "runtime"]),
+    ("engine", &["chain", "qcow2", "codec", "storage", "runtime"]),
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "qcow2", "runtime"]),
     ("report", &["disk", "chain", "qcow2", "storage"]),

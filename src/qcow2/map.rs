@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::Image;
 use super::alloc::{Freed, Reserved};
 use super::meta::Slice;
+use super::pack::Packed;
 use super::spec::addr::{GuestOffset, HostOffset};
 use super::spec::entry::{L1Entry, L2Entry};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,6 +19,8 @@ use crate::runtime::Buf;
 pub(crate) enum Change<'a> {
     /// Data in these reserved clusters, which are as many as the clusters.
     Data(Reserved<'a>),
+    /// This compressed data, for one cluster.
+    Compressed(Packed<'a>),
     /// A kept host cluster (of a zero cluster) now holds data.
     ZeroToData,
     /// Reads as zeros; a host cluster of their own is kept.
@@ -100,9 +103,11 @@ impl Image {
         let result = self
             .change_entries(slot, at, count, &change, &mut done)
             .await;
-        if let Change::Data(reserved) = change {
-            // What is mapped by now must not be given back, whatever failed.
-            reserved.used(done);
+        // What is mapped by now must not be given back, whatever failed.
+        match change {
+            Change::Data(reserved) => reserved.used(done),
+            Change::Compressed(packed) if done > 0 => packed.used(),
+            _ => {}
         }
         result
     }
@@ -147,6 +152,7 @@ impl Image {
                 host: reserved.offset() + (nth << self.geometry.cluster_bits),
                 copied: true,
             },
+            (Change::Compressed(packed), _) => L2Entry::Compressed(packed.range()),
             (Change::ZeroToData, L2Entry::ZeroAllocated { host, copied: true }) => {
                 L2Entry::Data { host, copied: true }
             }

@@ -15,6 +15,7 @@ mod map;
 mod meta;
 mod metadata;
 mod open;
+mod pack;
 mod preallocated;
 mod refcount;
 pub mod spec;
@@ -33,6 +34,7 @@ use flush::Flushes;
 use grace::{Grace, Presence};
 use meta::{L1Table, SliceCache};
 use metadata::Metadata;
+use pack::Packer;
 
 pub use crate::codec::CompressionType;
 pub use open::ImageOptions;
@@ -66,6 +68,8 @@ pub struct Image {
     runs: Box<[Mutex<Run>]>,
     /// Reservations that were dropped.
     given_back: Mutex<Vec<Run>>,
+    /// Where compressed clusters go.
+    packer: sync::Mutex<Packer>,
     frees: Frees,
     grace: Grace,
     flushes: Flushes,
@@ -108,6 +112,11 @@ impl Image {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         self.geometry.cluster_size()
+    }
+
+    /// How its compressed clusters are compressed.
+    pub fn compression(&self) -> CompressionType {
+        self.compression
     }
 
     pub(crate) fn cluster_bits(&self) -> u32 {

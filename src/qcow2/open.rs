@@ -127,6 +127,7 @@ impl Image {
             alloc: sync::Mutex::new(Allocator::new(refcounts)),
             runs: (0..queues).map(|_| Mutex::new(nothing)).collect(),
             given_back: Mutex::default(),
+            packer: sync::Mutex::default(),
             frees: Frees::default(),
             grace: Grace::new(queues),
             flushes: super::Flushes::default(),

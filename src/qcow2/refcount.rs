@@ -38,7 +38,8 @@ impl Refcounts {
         self.geometry.refcounts_per_block()
     }
 
-    fn max(&self) -> u64 {
+    /// The highest count there can be.
+    pub(crate) fn max(&self) -> u64 {
         match self.geometry.refcount_bits() {
             64 => u64::MAX,
             bits => (1 << bits) - 1,

@@ -35,8 +35,14 @@ pub(crate) struct Run {
 }
 
 impl Run {
+    pub(crate) const EMPTY: Self = Self {
+        first: 0,
+        count: 0,
+        zeroed: false,
+    };
+
     /// Splits off up to `count` clusters from the front.
-    fn take(&mut self, count: u64) -> Self {
+    pub(crate) fn take(&mut self, count: u64) -> Self {
         let count = count.min(self.count);
         let taken = Self { count, ..*self };
         self.first += count;

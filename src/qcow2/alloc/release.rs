@@ -128,10 +128,12 @@ impl Image {
     /// Gives every unused reservation back, for a clean close. No request is
     /// under way.
     pub(in crate::qcow2) async fn give_back_runs(&self) -> Result<()> {
+        let packers = self.empty_packer().await;
         let mut alloc = self.alloc.lock().await;
         let alloc = &mut *alloc;
         let mut runs = std::mem::take(&mut alloc.returned);
         runs.append(&mut lock(&self.given_back));
+        runs.extend(packers);
         for run in &self.runs {
             let mut run = lock(run);
             let count = run.count;
@@ -140,13 +142,17 @@ impl Image {
             }
         }
         for run in runs {
+            let mut left = 0;
             for cluster in run.first..run.first + run.count {
-                alloc
+                left += alloc
                     .refcounts
                     .adjust(&self.refblocks, &self.storage, cluster, -1)
                     .await?;
             }
-            alloc.add_free(run.first, run.count, run.zeroed);
+            // Compressed clusters may be in the last one of the packer.
+            if left == 0 && run.count > 0 {
+                alloc.add_free(run.first, run.count, run.zeroed);
+            }
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | map a new cluster | data, refcount block `|` L2 entry `|` |
 //! | new L2 table | its zeros or its copy, refcount `|` L1 entry, L2 entries `|` |
+//! | map a compressed cluster | data, refcounts of the clusters it touches `|` L2 entry `|` |
 //! | new refcount block | the block `|` reftable entry `|` (then as above) |
 //! | unmap a cluster | L2 entry `|` refcount decrement, punch; only then reusable |
 //!
@@ -27,7 +28,7 @@
 //!
 //! # Locks, outermost first
 //!
-//! guest cluster ranges (engine) > flush > allocator > cache shard > leaf lists.
+//! guest cluster ranges (engine) > flush > packer > allocator > cache shard > leaf lists.
 //! No std lock is held across an await.
 
 pub(crate) mod cache;
