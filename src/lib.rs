@@ -91,6 +91,7 @@ pub mod daemon;
 mod disk;
 pub mod engine;
 pub mod error;
+pub mod offline;
 pub mod qcow2;
 pub mod report;
 pub mod runtime;

@@ -8,6 +8,7 @@ use crate::disk::blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::check::{self, CheckReport, Finding};
 use crate::qcow2::info::{self, ImageInfo};
+use crate::qcow2::spec::snapshot::Snapshot;
 use crate::storage::{Locks, OpenOptions, Role, Storage};
 
 /// Checks the qcow2 image at `path`, whatever its condition; files below it
@@ -41,6 +42,13 @@ pub fn map(
             .map(start, end, |entry| emit(entry, file(entry.depth)))
             .await
     })
+}
+
+/// The snapshots in the image at `path`, in the order of their table; whatever
+/// else the image's condition is.
+pub fn snapshots(path: &Path, force_share: bool) -> Result<Vec<Snapshot>> {
+    let storage = open_one(path, force_share)?;
+    blocking(info::snapshots(&storage))
 }
 
 /// What there is to know about one file of a chain.

@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("engine", &["chain", "qcow2", "codec", "storage", "runtime"]),
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "qcow2", "runtime"]),
+    ("offline", &["disk", "qcow2", "storage"]),
     ("report", &["disk", "chain", "qcow2", "storage"]),
     ("config", &["ublk", "engine", "chain", "qcow2", "storage"]),
     (

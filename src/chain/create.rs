@@ -68,7 +68,7 @@ fn refuse_itself(name: &OsStr, path: &Path) -> Result<()> {
 
 /// Everything but the header is durable before the header is there: what is
 /// interrupted is no image.
-async fn write(storage: &Storage, image: &NewImage) -> Result<()> {
+pub(super) async fn write(storage: &Storage, image: &NewImage) -> Result<()> {
     let len = image.file_len.next_multiple_of(image.header.cluster_size());
     if storage.is_block_device() {
         if storage.len() < len {

@@ -5,6 +5,7 @@ mod map;
 mod name;
 mod open;
 mod policy;
+mod temporary;
 
 use std::os::fd::RawFd;
 
@@ -58,6 +59,11 @@ impl Chain {
         let mut layers = vec![Layer::Qcow2(Box::new(top))];
         layers.extend(below);
         Self { layers }
+    }
+
+    /// An image over all of these.
+    fn covered_by(self, top: Image) -> Self {
+        Self::new(top, self.layers)
     }
 
     /// The image that is written to.

@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use super::name::resolve;
-use super::{Chain, Layer, Policy};
+use super::{Chain, Layer, Policy, temporary};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Header, Image, ImageOptions};
+use crate::qcow2::{Header, Image, ImageOptions, Selector};
 use crate::storage::{CacheMode, Locks, OpenOptions, Role, Storage};
 
 /// Deepest chain that is opened.
@@ -27,12 +27,27 @@ pub struct Options {
     pub backing_format: Option<String>,
     /// The image itself alone: what is unallocated reads as zeros.
     pub no_backing: bool,
+    /// A snapshot of the top image in place of its active disk; not for
+    /// writing.
+    pub snapshot: Option<Selector>,
+    /// The chain is opened read-only, under an image that is written to and
+    /// lost when it is closed: in a file without a name in this folder.
+    pub temporary: Option<PathBuf>,
     /// For every qcow2 image of the chain.
     pub image: ImageOptions,
 }
 
 /// Opens the image at `path` and everything below it.
 pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
+    if let Some(folder) = &options.temporary {
+        let below = Options {
+            writable: false,
+            temporary: None,
+            ..options.clone()
+        };
+        let below = Box::pin(open(path, &below)).await?;
+        return temporary::cover(below, folder, &options.image).await;
+    }
     if options.force_share && options.writable {
         return Err(Error::new(
             ErrorKind::Usage,
@@ -48,7 +63,11 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
         };
         Storage::open(path, &how)
     };
-    let top = open_image(open_top, options).await?;
+    let top = ImageOptions {
+        snapshot: options.snapshot.clone(),
+        ..options.image.clone()
+    };
+    let top = open_image(open_top, options.cache, &top).await?;
 
     let mut seen = vec![top.storage().identity()];
     let mut header = top.header();
@@ -110,15 +129,16 @@ const MIN_DIRECT: u64 = 4096;
 /// can address safely, it goes through the page cache.
 async fn open_image(
     open: impl Fn(CacheMode) -> Result<Storage>,
-    options: &Options,
+    cache: CacheMode,
+    options: &ImageOptions,
 ) -> Result<Image> {
-    let image = Image::open(open(options.cache)?, &options.image).await?;
+    let image = Image::open(open(cache)?, options).await?;
     let unit = u64::from(image.storage().alignment());
     if unit == 1 || unit.max(MIN_DIRECT) <= image.cluster_size() {
         return Ok(image);
     }
     drop(image);
-    Image::open(open(CacheMode::Writeback)?, &options.image).await
+    Image::open(open(CacheMode::Writeback)?, options).await
 }
 
 /// A file below an image, opened for a report.
@@ -203,6 +223,6 @@ async fn open_backing(reference: &Reference, inside: &Path, options: &Options) -
     if reference.raw {
         return Ok(Layer::Raw(open(options.cache)?));
     }
-    let image = open_image(open, options).await?;
+    let image = open_image(open, options.cache, &options.image).await?;
     Ok(Layer::Qcow2(Box::new(image)))
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf, absolute};
 use std::process::ExitCode;
 
-use super::image::PolicyArgs;
+use super::image::{PolicyArgs, TEMPORARY};
 use super::{done, log, output, size};
 use crate::config::{CacheSetting, DataPathSetting, DiscardSetting, Settings};
 use crate::daemon::{self, Hangup, Started};
@@ -45,6 +45,16 @@ pub(super) struct Args {
     #[arg(short, long)]
     read_only: bool,
 
+    /// Serve a snapshot in place of the active disk, read-only: its ID or name
+    #[arg(long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+
+    /// Keep what is written in a file in DIR [default: /var/tmp] that is lost
+    /// with the device; the image is opened read-only, and others may do the
+    /// same
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = TEMPORARY)]
+    temporary: Option<PathBuf>,
+
     /// How data moves between the kernel and us [default: auto]
     #[arg(long, value_name = "PATH")]
     data_path: Option<DataPathSetting>,
@@ -84,6 +94,8 @@ impl Args {
             depth: self.depth,
             logical_block_size: self.logical_block_size,
             read_only: self.read_only.then_some(true),
+            snapshot: self.snapshot,
+            temporary: self.temporary,
             data_path: self.data_path,
             cache: self.cache,
             discard: self.discard,
@@ -112,6 +124,9 @@ pub(super) fn run(args: Args, detached: bool, verbose: u8) -> Result<ExitCode> {
         absolute(path).map_err(|e| Error::io("find out the whole path", e).path(path))
     };
     plan.image = whole(&plan.image)?;
+    if let Some(folder) = &mut plan.chain.temporary {
+        *folder = whole(folder)?;
+    }
 
     if detached {
         daemon::become_daemon();

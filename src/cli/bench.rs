@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::image::PolicyArgs;
+use super::image::{PolicyArgs, SnapshotArg};
 use super::{done, output, size};
 use crate::block::{BlockHandler, Op, Payload, Request};
 use crate::chain;
@@ -86,6 +86,9 @@ pub(super) struct Args {
     format: Option<String>,
 
     #[command(flatten)]
+    snapshot: SnapshotArg,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
@@ -115,6 +118,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         writable: args.write,
         cache: CacheMode::from(args.cache),
         force_share: args.force_share,
+        snapshot: args.snapshot.selector(),
         image: ImageOptions {
             queues: usize::from(args.threads),
             ..ImageOptions::default()

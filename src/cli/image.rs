@@ -1,9 +1,12 @@
 //! The options of every verb that opens an image with its chain.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::chain;
 use crate::config::BackingFormat;
+use crate::qcow2::Selector;
 
 /// What an image may make us open.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -34,6 +37,25 @@ impl PolicyArgs {
             backing_format: self.backing_format.map(|format| format.name().to_owned()),
             ..chain::Options::default()
         }
+    }
+}
+
+/// Where what need not last is kept: on a disk, and not in memory as /tmp may
+/// be.
+pub(super) const TEMPORARY: &str = "/var/tmp";
+
+/// Which disk of an image.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(super) struct SnapshotArg {
+    /// A snapshot in place of the active disk, read-only: its ID or name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(super) snapshot: Option<OsString>,
+}
+
+impl SnapshotArg {
+    pub(super) fn selector(&self) -> Option<Selector> {
+        let text = self.snapshot.as_ref()?;
+        Some(Selector::parse(text.as_bytes()))
     }
 }
 

@@ -11,6 +11,7 @@ use super::image::{PolicyArgs, Report};
 use super::{done, output};
 use crate::chain;
 use crate::error::Result;
+use crate::qcow2::spec::snapshot::Snapshot;
 use crate::report;
 
 /// Show what an image says about itself: size, features, snapshots, bitmaps
@@ -35,6 +36,21 @@ pub(super) struct Args {
 
     #[command(flatten)]
     policy: PolicyArgs,
+}
+
+/// Shows snapshots: as `qemu-img snapshot -l`, or in JSON as the image's
+/// report has them.
+pub(super) fn show_snapshots(snapshots: &[Snapshot], json: bool) -> Result<()> {
+    let views: Vec<_> = snapshots.iter().map(view::SnapshotView::new).collect();
+    if json {
+        return output::print_json(&views);
+    }
+    let mut text = String::new();
+    if !views.is_empty() {
+        text += "Snapshot list:\n";
+        text::snapshots(&mut text, &views);
+    }
+    output::print(&text)
 }
 
 /// Shows the image.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::image::{PolicyArgs, Report};
+use super::image::{PolicyArgs, Report, SnapshotArg};
 use super::output::{self, printable};
 use super::{done, size};
 use crate::chain::{self, MapEntry};
@@ -37,6 +37,9 @@ pub(super) struct Args {
     force_share: bool,
 
     #[command(flatten)]
+    snapshot: SnapshotArg,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
@@ -44,6 +47,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
         force_share: args.force_share,
+        snapshot: args.snapshot.selector(),
         ..args.policy.chain_options()
     };
     let json = args.report.json();

@@ -17,6 +17,7 @@ mod log;
 mod map;
 mod output;
 mod size;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -54,6 +55,7 @@ enum Verb {
     Check(check::Args),
     Map(map::Args),
     Create(create::Args),
+    Snapshot(snapshot::Args),
     Io(io::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
@@ -87,6 +89,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Map(args) => map::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),
+        Verb::Snapshot(args) => snapshot::run(&args),
     };
     result.unwrap_or_else(|error| {
         output::report(&error);

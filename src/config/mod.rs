@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::chain;
 use crate::engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::ImageOptions;
+use crate::qcow2::{ImageOptions, Selector};
 use crate::storage::CacheMode;
 use crate::ublk::{self, DataPath};
 
@@ -33,6 +33,11 @@ pub struct Settings {
     pub logical_block_size: Option<u32>,
     /// The image is not written to.
     pub read_only: Option<bool>,
+    /// A snapshot in place of the active disk: its ID or name.
+    pub snapshot: Option<String>,
+    /// What is written is kept in a file in this folder, and lost with the
+    /// device.
+    pub temporary: Option<PathBuf>,
     /// How data moves between the kernel and us.
     pub data_path: Option<DataPathSetting>,
     /// Direct I/O or page cache.
@@ -125,6 +130,8 @@ impl Settings {
             depth: self.depth.or(lower.depth),
             logical_block_size: self.logical_block_size.or(lower.logical_block_size),
             read_only: self.read_only.or(lower.read_only),
+            snapshot: self.snapshot.or(lower.snapshot),
+            temporary: self.temporary.or(lower.temporary),
             data_path: self.data_path.or(lower.data_path),
             cache: self.cache.or(lower.cache),
             discard: self.discard.or(lower.discard),
@@ -157,7 +164,24 @@ impl Settings {
                 format!("the logical block size is 512 or 4096, not {logical_block}"),
             ));
         }
-        let read_only = self.read_only.unwrap_or(false);
+        let snapshot = self.snapshot.map(|text| Selector::parse(text.as_bytes()));
+        // A snapshot stays as it is, unless something is put over it.
+        let read_only = self
+            .read_only
+            .unwrap_or_else(|| snapshot.is_some() && self.temporary.is_none());
+        if read_only && self.temporary.is_some() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "a temporary file is for what is written, and the device is to be read-only",
+            )
+            .cure("leave out read-only or temporary"));
+        }
+        if !read_only && snapshot.is_some() && self.temporary.is_none() {
+            return Err(
+                Error::new(ErrorKind::Usage, "a snapshot cannot be written to")
+                    .cure("make the device read-only or temporary"),
+            );
+        }
         Ok(Plan {
             image,
             device: ublk::Options {
@@ -183,6 +207,8 @@ impl Settings {
                     allow_paths: self.allow_path,
                 },
                 backing_format: self.backing_format.map(|format| format.name().to_owned()),
+                snapshot,
+                temporary: self.temporary,
                 image: ImageOptions {
                     queues: usize::from(queues),
                     ..ImageOptions::default()

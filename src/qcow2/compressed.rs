@@ -48,6 +48,11 @@ impl Inflated {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Forgets everything.
+    pub(crate) fn clear(&self) {
+        self.slots().clear();
+    }
+
     /// Forgets what was inflated from these host bytes: they are free.
     pub(crate) fn forget(&self, offset: HostOffset, len: u64) {
         let mut slots = self.slots();

@@ -3,10 +3,11 @@
 //! matter here.
 
 use super::open::read_damaged_header;
+use super::snapshot;
 use super::spec::bitmap::Bitmap;
 use super::spec::header::{CryptMethod, Header};
 use super::spec::luks::{LUKS_HEADER_LEN, LuksInfo};
-use super::spec::snapshot::{MAX_EXTRA, MAX_TABLE_BYTES, Snapshot};
+use super::spec::snapshot::Snapshot;
 use crate::error::{Error, Result};
 use crate::runtime::Buf;
 use crate::storage::Storage;
@@ -34,8 +35,8 @@ pub struct ImageInfo {
 pub async fn info(storage: &Storage) -> Result<ImageInfo> {
     let header = read_damaged_header(storage).await?;
     let mut problems = Vec::new();
-    let snapshots = match snapshots(storage, &header).await {
-        Ok(snapshots) => snapshots,
+    let snapshots = match snapshot::read_table(storage, &header).await {
+        Ok((snapshots, _)) => snapshots,
         Err(e) => {
             problems.push(e.path(storage.path()));
             Vec::new()
@@ -67,30 +68,12 @@ pub async fn info(storage: &Storage) -> Result<ImageInfo> {
     })
 }
 
-async fn snapshots(storage: &Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    /// More than the longest entry.
-    const LONGEST: usize = 40 + MAX_EXTRA + 2 * 65536;
-    const WINDOW: usize = 1 << 20;
-    let geometry = header.geometry();
-    let start = header.snapshots_offset;
-    let mut snapshots = Vec::new();
-    let mut window = Vec::new();
-    let mut at = 0;
-    let mut window_at = 0;
-    for _ in 0..header.nb_snapshots {
-        if (at - window_at) as usize + LONGEST > window.len() {
-            window_at = at;
-            window.resize(WINDOW, 0);
-            storage.read(start.0 + at, &mut window).await?;
-        }
-        let bytes = &window[(at - window_at) as usize..];
-        let (snapshot, len) = Snapshot::parse(bytes, start + at, &geometry)?;
-        snapshots.push(snapshot);
-        at += len as u64;
-        if at > MAX_TABLE_BYTES {
-            return Err(Error::corrupt("the snapshot table is too long", start.0));
-        }
-    }
+/// Reads the snapshot table of the image in `storage`.
+pub async fn snapshots(storage: &Storage) -> Result<Vec<Snapshot>> {
+    let header = read_damaged_header(storage).await?;
+    let (snapshots, _) = snapshot::read_table(storage, &header)
+        .await
+        .map_err(|e| e.path(storage.path()))?;
     Ok(snapshots)
 }
 

@@ -36,6 +36,14 @@ impl Metadata {
         clusters.extend(offset.cluster(self.cluster_bits)..=last);
     }
 
+    /// Forgets all of them.
+    pub(crate) fn clear(&self) {
+        self.clusters
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// The cluster holds metadata no more.
     pub(crate) fn remove(&self, cluster: u64) {
         self.clusters

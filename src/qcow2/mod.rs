@@ -18,6 +18,8 @@ mod open;
 mod pack;
 mod preallocated;
 mod refcount;
+mod shadow;
+mod snapshot;
 pub mod spec;
 
 use std::path::Path;
@@ -38,6 +40,7 @@ use pack::Packer;
 
 pub use crate::codec::CompressionType;
 pub use open::ImageOptions;
+pub use snapshot::{NewSnapshot, Selector, SnapshotJob};
 pub use spec::addr::{GuestOffset, HostOffset};
 pub use spec::entry::CompressedRange;
 pub use spec::geometry::Geometry;

@@ -10,9 +10,10 @@ use super::grace::Grace;
 use super::meta::{L1Table, SliceCache};
 use super::metadata::Metadata;
 use super::refcount::Refcounts;
+use super::snapshot;
 use super::spec::entry::L1Entry;
 use super::spec::header::{AUTOCLEAR_AT, Autoclear, Incompatible, PROBE_LEN, Prefix};
-use super::{Header, HostOffset, Image, lock};
+use super::{Header, HostOffset, Image, Selector, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buf, sync};
 use crate::storage::Storage;
@@ -26,6 +27,8 @@ pub struct ImageOptions {
     pub l2_cache: u64,
     /// Freed clusters are punched out of the file, or only reused.
     pub punch: bool,
+    /// A snapshot is opened in place of the active disk; read-only.
+    pub snapshot: Option<Selector>,
 }
 
 impl Default for ImageOptions {
@@ -34,6 +37,7 @@ impl Default for ImageOptions {
             queues: 1,
             l2_cache: 32 << 20,
             punch: true,
+            snapshot: None,
         }
     }
 }
@@ -76,12 +80,22 @@ impl Image {
             refuse_damaged(&header).map_err(|e| e.path(storage.path()))?;
         }
         let geometry = header.geometry();
-        let mut l1 = Buf::take(header.l1_bytes() as usize);
+        let disk = match &options.snapshot {
+            None => ShownDisk {
+                l1_offset: header.l1_table_offset,
+                l1_bytes: header.l1_bytes(),
+                size: header.virtual_size(),
+            },
+            Some(which) => ShownDisk::of_snapshot(&storage, &header, which)
+                .await
+                .map_err(|e| e.path(storage.path()))?,
+        };
+        let mut l1 = Buf::take(disk.l1_bytes as usize);
         storage
-            .read(header.l1_table_offset.0, &mut l1)
+            .read(disk.l1_offset.0, &mut l1)
             .await
             .map_err(|e| e.context("cannot read the L1 table"))?;
-        let l1 = L1Table::decode(header.l1_table_offset, &l1);
+        let l1 = L1Table::decode(disk.l1_offset, &l1);
         let mut table = Vec::new();
         if storage.writable() {
             let mut bytes = Buf::take(header.reftable_bytes() as usize);
@@ -103,7 +117,7 @@ impl Image {
         // Twice what maps the whole disk is enough: with half of the cache
         // dirty, writers are made to wait for a write-back.
         let enough = geometry
-            .clusters_for(header.virtual_size())
+            .clusters_for(disk.size)
             .saturating_mul(2 * 8)
             .max(256 << 10);
         let queues = options.queues.max(1);
@@ -115,7 +129,7 @@ impl Image {
         let image = Self {
             geometry,
             compression: header.compression_type,
-            size: AtomicU64::new(header.virtual_size()),
+            size: AtomicU64::new(disk.size),
             l1,
             l2: SliceCache::new(
                 "L2 table",
@@ -147,7 +161,7 @@ impl Image {
     }
 
     /// Notes where metadata is, so that guest data is never written there.
-    async fn note_metadata(&self) {
+    pub(super) async fn note_metadata(&self) {
         let header = self.header();
         self.metadata.add(HostOffset(0));
         self.metadata
@@ -244,8 +258,41 @@ impl Image {
     }
 }
 
+/// The disk that an open image shows.
+struct ShownDisk {
+    l1_offset: HostOffset,
+    l1_bytes: u64,
+    /// Virtual size in bytes.
+    size: u64,
+}
+
+impl ShownDisk {
+    async fn of_snapshot(storage: &Storage, header: &Header, which: &Selector) -> Result<Self> {
+        if storage.writable() {
+            return Err(
+                Error::new(ErrorKind::Usage, "a snapshot cannot be opened for writing")
+                    .cure("open it read-only, or put an overlay over it"),
+            );
+        }
+        let (snapshots, _) = snapshot::read_table(storage, header).await?;
+        let found = &snapshots[which.require(&snapshots)?];
+        let size = found.disk_size.unwrap_or(header.size) & !511;
+        if size > header.geometry().max_size() {
+            return Err(Error::corrupt(
+                format!("the snapshot's disk of {size} bytes is larger than any"),
+                header.snapshots_offset.0,
+            ));
+        }
+        Ok(Self {
+            l1_offset: found.l1_table_offset,
+            l1_bytes: found.l1_bytes(),
+            size,
+        })
+    }
+}
+
 /// Images whose refcounts cannot be trusted are not written to.
-fn refuse_damaged(header: &Header) -> Result<()> {
+pub(super) fn refuse_damaged(header: &Header) -> Result<()> {
     if header.incompatible.contains(Incompatible::CORRUPT) {
         return Err(Error::new(
             ErrorKind::Corrupt,

@@ -106,6 +106,17 @@ impl Refcounts {
         }))
     }
 
+    /// The refcounts of the same image with another table, which is in the
+    /// file at `offset`.
+    pub(crate) fn moved(&self, offset: HostOffset, table: Vec<u64>) -> Self {
+        Self {
+            geometry: self.geometry,
+            table,
+            table_offset: offset,
+            table_dirty: BTreeSet::new(),
+        }
+    }
+
     /// The refcount of a cluster; 0 where there is no block.
     pub(crate) async fn get(
         &self,

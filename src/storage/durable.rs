@@ -22,6 +22,8 @@ pub(super) struct Durability {
     /// How many syncs were begun. All but one under way succeeded: a failure
     /// latches.
     begun: AtomicU64,
+    /// Nobody will read the file after a power cut.
+    pointless: bool,
 }
 
 impl Durability {
@@ -55,7 +57,7 @@ impl Storage {
     /// [`ErrorKind::Latched`]. Concurrent calls share the work. On a storage
     /// opened for reading there is nothing to do.
     pub async fn sync(&self) -> Result<()> {
-        if !self.writable {
+        if !self.writable || self.durability.pointless {
             return Ok(());
         }
         let durability = &self.durability;
@@ -82,6 +84,20 @@ impl Storage {
                 }
             }
         }
+    }
+
+    /// Refuses every later sync and write, as after a failed sync: what the
+    /// file holds is unknown.
+    pub(crate) fn latch(&self) {
+        self.durability.latched.store(true, Ordering::Release);
+    }
+
+    /// With syncs that do nothing: for a file whose content is lost with the
+    /// process anyway.
+    #[must_use]
+    pub(crate) fn short_lived(mut self) -> Self {
+        self.durability.pointless = true;
+        self
     }
 
     /// True after a failed [`Self::sync`].

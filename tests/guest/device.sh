@@ -193,6 +193,69 @@ locks() {
     qcow2-ublk del "$device"
 }
 
+# A snapshot as a read-only device, while the active disk has moved on.
+snapshot_device() {
+    local device
+    dd if=/dev/urandom of=first bs=1M count=8 status=none
+    dd if=/dev/urandom of=second bs=1M count=8 status=none
+    qcow2-ublk create disk.qcow2 16M
+    device=$(qcow2-ublk add disk.qcow2)
+    dd if=first of="$device" bs=1M oflag=direct conv=fsync status=none
+    qcow2-ublk del "$device"
+    qcow2-ublk snapshot create disk.qcow2 before
+    device=$(qcow2-ublk add disk.qcow2)
+    dd if=second of="$device" bs=1M oflag=direct conv=fsync status=none
+    qcow2-ublk del "$device"
+    device=$(qcow2-ublk add --snapshot before disk.qcow2)
+    [[ $(blockdev --getro "$device") == 1 ]]
+    cmp -n $((8 << 20)) "$device" first
+    fails dd if=second of="$device" bs=1M oflag=direct status=none
+    fails qcow2-ublk snapshot delete disk.qcow2 before
+    qcow2-ublk del "$device"
+    qcow2-ublk snapshot apply disk.qcow2 before
+    device=$(qcow2-ublk add disk.qcow2)
+    cmp -n $((8 << 20)) "$device" first
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+}
+
+# Two devices over one image, each with writes of its own, that are gone when
+# they are; the image stays as it was.
+temporary_device() {
+    local one two sum
+    mkdir mnt
+    qcow2-ublk create disk.qcow2 256M
+    one=$(qcow2-ublk add disk.qcow2)
+    mkfs.ext4 -q "$one"
+    mount "$one" mnt
+    tree
+    cp -r tree mnt/
+    umount mnt
+    qcow2-ublk del "$one"
+    sum=$(sha256sum <disk.qcow2)
+    one=$(qcow2-ublk add --temporary disk.qcow2)
+    two=$(qcow2-ublk add "--temporary=$PWD" disk.qcow2)
+    mount "$one" mnt
+    diff -r tree mnt/tree
+    rm -r mnt/tree
+    cp -r tree mnt/other
+    umount mnt
+    mount "$one" mnt
+    diff -r tree mnt/other
+    umount mnt
+    mount "$two" mnt
+    diff -r tree mnt/tree
+    umount mnt
+    qcow2-ublk del "$one"
+    qcow2-ublk del "$two"
+    [[ $(sha256sum <disk.qcow2) == "$sum" ]]
+    one=$(qcow2-ublk add --read-only disk.qcow2)
+    mount -o ro "$one" mnt
+    diff -r tree mnt/tree
+    umount mnt
+    qcow2-ublk del "$one"
+}
+
 # Every error of `add` and `del` is one clear sentence and a code of its own.
 errors() {
     local device
@@ -276,6 +339,8 @@ paths=(copy user-copy)
 try "errors of add and del" errors
 try "locks against QEMU" locks
 try "notifies the service manager" notifies
+try "a snapshot as a device" snapshot_device
+try "what is written to a temporary device is lost" temporary_device
 for path in "${paths[@]}"; do
     for queues in 1 3; do
         options=(--data-path "$path" --queues "$queues")

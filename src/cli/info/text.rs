@@ -65,7 +65,8 @@ fn bytes(n: u64) -> String {
     format!("{} ({n} bytes)", size::human(n))
 }
 
-fn snapshots(text: &mut String, snapshots: &[SnapshotView]) {
+/// The table of snapshots, with its headings.
+pub(super) fn snapshots(text: &mut String, snapshots: &[SnapshotView]) {
     let mut row = |cells: [&str; 6]| {
         let [id, tag, size, date, clock, icount] = cells;
         let _ = writeln!(

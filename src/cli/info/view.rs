@@ -301,7 +301,7 @@ impl BitmapView {
 }
 
 impl SnapshotView {
-    fn new(snapshot: &Snapshot) -> Self {
+    pub(super) fn new(snapshot: &Snapshot) -> Self {
         const SECOND: u64 = 1_000_000_000;
         Self {
             icount: snapshot.icount.filter(|&n| n != u64::MAX),

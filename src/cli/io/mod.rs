@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::done;
-use super::image::PolicyArgs;
+use super::image::{PolicyArgs, SnapshotArg, TEMPORARY};
 use crate::block::BlockHandler;
 use crate::chain;
 use crate::config::CacheSetting;
@@ -53,13 +53,23 @@ pub(super) struct Args {
     format: Option<String>,
 
     #[command(flatten)]
+    snapshot: SnapshotArg,
+
+    /// Keep what is written in a file in DIR [default: /var/tmp] until the end,
+    /// and then nowhere; the image is opened read-only
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = TEMPORARY)]
+    temporary: Option<PathBuf>,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
 /// Runs the commands; the exit code is 1 when any of them has failed.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
-        writable: !args.read_only,
+        writable: !args.read_only && args.snapshot.snapshot.is_none(),
+        snapshot: args.snapshot.selector(),
+        temporary: args.temporary.clone(),
         cache: CacheMode::from(args.cache),
         force_share: args.force_share,
         ..args.policy.chain_options()

@@ -179,6 +179,14 @@ impl SliceCache {
             .collect()
     }
 
+    /// Forgets everything. Nothing is dirty, and nobody uses a slice.
+    pub(crate) fn clear(&self) {
+        debug_assert!(!self.has_dirty());
+        for shard in &self.shards {
+            lock(shard).clear();
+        }
+    }
+
     /// Forgets the slices of a table that is not one any more.
     pub(crate) fn forget(&self, offset: HostOffset, len: u64) {
         let mut at = offset;

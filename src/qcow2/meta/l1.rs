@@ -140,6 +140,24 @@ impl L1Table {
         bytes
     }
 
+    /// Another table takes the place of this one: these entries, which are
+    /// in the file at `offset`. Nobody looks entries up meanwhile.
+    pub(crate) fn replace(&self, offset: HostOffset, entries: &[u64]) {
+        let mut place = self.place();
+        self.extend_to(entries.len());
+        for (index, &entry) in entries.iter().enumerate() {
+            self.slot(index).store(entry, Ordering::Release);
+        }
+        // Past a shorter table, nothing may show when it grows again.
+        let rest = self.chunks.iter().flat_map(|chunk| chunk.get());
+        let rest = rest.flat_map(|chunk| chunk.iter());
+        for slot in rest.skip(entries.len()) {
+            slot.store(0, Ordering::Release);
+        }
+        place.offset = offset;
+        place.dirty.clear();
+    }
+
     /// The table now is at `offset`, has `len` entries, and is in the file as
     /// it is in memory.
     pub(crate) fn moved(&self, offset: HostOffset, len: usize) {

@@ -58,12 +58,28 @@ impl Header {
             .cure("Use a shorter backing file name or larger clusters"));
         }
 
-        let raw = RawHeader {
+        let name_at = if name.is_empty() { 0 } else { name_at };
+        let raw = self.raw(name_at as u64, name.len(), length);
+        let mut out = raw.as_bytes().to_vec();
+        if length > out.len() {
+            out.push(self.compression_type.raw());
+            out.extend_from_slice(&self.unknown_fields);
+        }
+        // Cuts for version 2, pads otherwise.
+        out.resize(length, 0);
+        out.append(&mut tail);
+        Ok(out)
+    }
+
+    /// The fields that every version of the format has, and those of version
+    /// 3.
+    fn raw(&self, name_at: u64, name_len: usize, length: usize) -> RawHeader {
+        RawHeader {
             magic: MAGIC.into(),
             version: u32::from(self.version).into(),
-            backing_file_offset: if name.is_empty() { 0 } else { name_at as u64 }.into(),
+            backing_file_offset: name_at.into(),
             // At most 1023, as checked above.
-            backing_file_size: (name.len() as u32).into(),
+            backing_file_size: (name_len as u32).into(),
             cluster_bits: self.cluster_bits.into(),
             size: self.size.into(),
             crypt_method: match self.crypt_method {
@@ -84,16 +100,7 @@ impl Header {
             refcount_order: self.refcount_order.into(),
             // Within a cluster, as checked above.
             header_length: (length as u32).into(),
-        };
-        let mut out = raw.as_bytes().to_vec();
-        if length > out.len() {
-            out.push(self.compression_type.raw());
-            out.extend_from_slice(&self.unknown_fields);
         }
-        // Cuts for version 2, pads otherwise.
-        out.resize(length, 0);
-        out.append(&mut tail);
-        Ok(out)
     }
 
     /// Version 2 has no place for most features.
@@ -131,6 +138,19 @@ impl Header {
             self.refcount_table_offset.0.to_be_bytes(),
             self.refcount_table_clusters.to_be_bytes(),
         )
+    }
+
+    /// The bytes at [`SIZE_AT`](super::SIZE_AT) that change size, tables and
+    /// feature bits at once: they are neighbours, inside one sector.
+    pub fn switch_update(&self) -> Vec<u8> {
+        let raw = self.raw(0, 0, self.header_length());
+        let end = if self.version < 3 {
+            V2_LEN
+        } else {
+            // Up to the autoclear bits.
+            super::AUTOCLEAR_AT.0 as usize + 8
+        };
+        raw.as_bytes()[super::SIZE_AT.0 as usize..end].to_vec()
     }
 
     /// The 12 bytes at [`SNAPSHOTS_AT`](super::SNAPSHOTS_AT) that make another

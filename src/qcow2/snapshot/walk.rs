@@ -1,0 +1,169 @@
+//! Everything that an L1 table refers to: counted up or down, and the COPIED
+//! flags brought in line with the counts. Knows nothing of snapshots.
+
+use std::collections::HashSet;
+
+use crate::error::{Error, Result};
+use crate::qcow2::shadow::{Shadow, words};
+use crate::qcow2::spec::{Geometry, HostOffset, L1Entry, L2Entry};
+use crate::runtime::Buf;
+
+/// An L1 table in memory, as big as the file says.
+#[derive(Clone, Debug)]
+pub(super) struct Tree {
+    pub(super) l1: Vec<u64>,
+    /// Where it came from, for messages.
+    offset: HostOffset,
+}
+
+impl Tree {
+    /// Reads the L1 table with `entries` entries at `offset`.
+    pub(super) async fn read(sh: &Shadow<'_>, offset: HostOffset, entries: u32) -> Result<Self> {
+        let mut bytes = Buf::take(entries as usize * 8);
+        sh.storage()
+            .read(offset.0, &mut bytes)
+            .await
+            .map_err(|e| e.context("cannot read an L1 table"))?;
+        let l1 = words(&bytes);
+        Ok(Self { l1, offset })
+    }
+
+    /// The L2 tables: index in the L1 table and place. Each occurs once: a
+    /// table that occurs twice would map two parts of a disk to the same
+    /// clusters.
+    fn tables(&self, sh: &Shadow<'_>) -> Result<Vec<(usize, HostOffset)>> {
+        let mut tables = Vec::new();
+        let mut seen = HashSet::new();
+        for (index, &raw) in self.l1.iter().enumerate() {
+            let at = self.offset + index as u64 * 8;
+            let entry = L1Entry::decode(raw, &sh.geometry());
+            let entry = entry.map_err(|bad| bad.into_error("L1 table", at));
+            let L1Entry::Table { offset, .. } = entry.map_err(|e| damaged(e, sh))? else {
+                continue;
+            };
+            if offset.0 >= sh.storage().len() {
+                let what = format!("the L2 table at {offset} is past the end of the file");
+                return Err(damaged(Error::corrupt(what, at.0), sh));
+            }
+            if !seen.insert(offset) {
+                let what = format!("the L2 table at {offset} is in an L1 table twice");
+                return Err(damaged(Error::corrupt(what, at.0), sh));
+            }
+            tables.push((index, offset));
+        }
+        Ok(tables)
+    }
+
+    /// Adds `delta` to the count of everything the table refers to: L2 tables
+    /// and what they map. Not of the L1 table itself.
+    pub(super) async fn adjust(&self, sh: &mut Shadow<'_>, delta: i64) -> Result<()> {
+        let geometry = sh.geometry();
+        for (_, table) in self.tables(sh)? {
+            let bytes = read_l2(sh, table).await?;
+            for (index, word) in (0u64..).zip(descriptors(&bytes, &geometry)) {
+                let at = table + (index << geometry.l2_entry_bits());
+                let entry = L2Entry::decode(word, &geometry)
+                    .map_err(|bad| damaged(bad.into_error("L2 table", at), sh))?;
+                match entry {
+                    L2Entry::Unallocated | L2Entry::Zero => {}
+                    L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => {
+                        sh.adjust(host.cluster(geometry.cluster_bits), delta)
+                            .await?;
+                    }
+                    L2Entry::Compressed(range) => {
+                        for cluster in range.clusters_touched(&geometry) {
+                            sh.adjust(cluster, delta).await?;
+                        }
+                    }
+                }
+            }
+            sh.adjust(table.cluster(geometry.cluster_bits), delta)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Brings the COPIED flags in line with the counts. An L2 table whose
+    /// flags change is replaced by a copy. `shared` L1 tables are to be the
+    /// same as this one, counting it.
+    pub(super) async fn set_copied(&mut self, sh: &mut Shadow<'_>, shared: i64) -> Result<()> {
+        let geometry = sh.geometry();
+        for (index, mut table) in self.tables(sh)? {
+            let mut bytes = read_l2(sh, table).await?;
+            if correct_flags(sh, &mut bytes).await? {
+                let old = table.cluster(geometry.cluster_bits);
+                table = sh.write_table(&bytes).await?;
+                if shared > 1 {
+                    let new = table.cluster(geometry.cluster_bits);
+                    sh.adjust(new, shared - 1).await?;
+                }
+                sh.adjust(old, -shared).await?;
+            }
+            let copied = sh.count(table).await? == 1;
+            let entry = L1Entry::Table {
+                offset: table,
+                copied,
+            };
+            self.l1[index] = entry.encode(&geometry);
+        }
+        Ok(())
+    }
+
+    /// The table as it is in the file.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let bytes = self.l1.iter().flat_map(|entry| entry.to_be_bytes());
+        bytes.collect()
+    }
+}
+
+/// Corrects the flags of an L2 table; whether there was anything to correct.
+async fn correct_flags(sh: &mut Shadow<'_>, bytes: &mut [u8]) -> Result<bool> {
+    let geometry = sh.geometry();
+    let stride = 1 << geometry.l2_entry_bits();
+    let mut changed = false;
+    for raw in bytes.chunks_exact_mut(stride) {
+        let word = u64::from_be_bytes(raw[..8].try_into().expect("8 bytes"));
+        // What is damaged has been found when it was counted, or is left as
+        // it is.
+        let entry = match L2Entry::decode(word, &geometry) {
+            Ok(L2Entry::Data { host, .. }) => {
+                let copied = sh.count(host).await? == 1;
+                L2Entry::Data { host, copied }
+            }
+            Ok(L2Entry::ZeroAllocated { host, .. }) => {
+                let copied = sh.count(host).await? == 1;
+                L2Entry::ZeroAllocated { host, copied }
+            }
+            _ => continue,
+        };
+        let corrected = entry.encode(&geometry);
+        if corrected != word {
+            raw[..8].copy_from_slice(&corrected.to_be_bytes());
+            changed = true;
+        }
+    }
+    Ok(changed)
+}
+
+async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
+    let mut bytes = Buf::take(sh.geometry().l2_table_bytes() as usize);
+    sh.storage()
+        .read(table.0, &mut bytes)
+        .await
+        .map_err(|e| e.context("cannot read an L2 table"))?;
+    Ok(bytes)
+}
+
+/// The first words of an L2 table's entries: those that name clusters. What
+/// an extended entry has besides stays as it is.
+fn descriptors<'b>(bytes: &'b [u8], geometry: &Geometry) -> impl Iterator<Item = u64> + use<'b> {
+    bytes
+        .chunks_exact(1 << geometry.l2_entry_bits())
+        .map(|raw| u64::from_be_bytes(raw[..8].try_into().expect("8 bytes")))
+}
+
+fn damaged(error: Error, sh: &Shadow<'_>) -> Error {
+    error
+        .path(sh.storage().path())
+        .cure("run `qemu-img check -r all` on a copy of the image")
+}
