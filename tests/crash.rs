@@ -638,6 +638,38 @@ fn snapshots_share_tables_and_clusters() {
     }
 }
 
+/// Extended L2 entries: parts of clusters are data, zeros or not there; over a
+/// backing file, shared with a snapshot, and with compressed clusters.
+#[test]
+fn subclusters() {
+    for (seed, cluster) in [(600, "16384"), (601, "65536"), (602, "16384")] {
+        let options = format!("extended_l2=on,cluster_size={cluster}");
+        let image = lab::created(&options, 512 << 10);
+        let mut scenario = Scenario::new("subclusters", image, seed);
+        scenario.grows = seed == 600;
+        scenario.how.alignment = if seed == 601 { 4096 } else { 1 };
+        scenario.states = 200;
+        if seed == 602 {
+            scenario.below = text((400 << 10) + 1536, seed);
+            scenario.how.below = Below::Raw(sim::Image::from_bytes(&scenario.below));
+            scenario.grows = true;
+        }
+        scenario.run();
+    }
+    for (seed, convert) in [(610, &["-c"][..]), (611, &[])] {
+        let options = ["-o", "extended_l2=on,cluster_size=16384"];
+        let arguments = [convert, &options].concat();
+        let mut image = lab::converted(&text(512 << 10, seed), &arguments);
+        lab::with_file(&mut image, |path| {
+            let name = path.to_str().unwrap();
+            common::qemu_io(path, &["write -P 0x21 3k 30k", "write -z 64k 9k"]);
+            common::qemu_img(&["snapshot", "-c", "first", name]);
+            common::qemu_io(path, &["write -P 0x22 30k 3k", "write -z 71k 2k"]);
+        });
+        Scenario::new("subclusters and a snapshot", image, seed).run();
+    }
+}
+
 #[test]
 fn compressed_clusters_share_host_clusters() {
     for (seed, cluster, kind) in [

@@ -116,6 +116,7 @@ fn the_same_bytes_as_qemu_img() {
             } else {
                 CompressionType::Deflate
             },
+            extended_l2: false,
             lazy_refcounts: lazy,
             backing: backed.then(|| backing.clone()),
         };
@@ -204,8 +205,12 @@ fn qemu_reads_our_compressed_clusters() {
                 let offset = data + bytes.len() as u64;
                 let range = CompressedRange::new(offset, len as u64, &geometry).unwrap();
                 refs.extend(range.clusters_touched(&geometry));
-                table
-                    .extend_from_slice(&L2Entry::Compressed(range).encode(&geometry).to_be_bytes());
+                table.extend_from_slice(
+                    &L2Entry::Compressed(range)
+                        .encode(&geometry)
+                        .descriptor
+                        .to_be_bytes(),
+                );
                 bytes.extend_from_slice(&packed[..len]);
             }
             image.file_len = (data + bytes.len() as u64)

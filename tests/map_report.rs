@@ -66,6 +66,8 @@ fn single_images() {
         "cluster_size=64k,preallocation=falloc",
         "cluster_size=64k,preallocation=full",
         "compression_type=zstd,lazy_refcounts=on",
+        "extended_l2=on,cluster_size=16k",
+        "extended_l2=on,preallocation=metadata",
     ]
     .iter()
     .enumerate()
@@ -115,9 +117,14 @@ fn chains_short_and_long_raw_and_not() {
             }
             None => {}
         }
-        for (i, options) in ["cluster_size=64k", "cluster_size=512", "compat=0.10"]
-            .iter()
-            .enumerate()
+        for (i, options) in [
+            "cluster_size=64k",
+            "cluster_size=512",
+            "compat=0.10",
+            "extended_l2=on",
+        ]
+        .iter()
+        .enumerate()
         {
             // Each over the one before, of another size.
             let middle = dir.path().join(format!("{name}-{i}-middle"));

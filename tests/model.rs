@@ -237,14 +237,61 @@ fn images_of_every_shape() {
     });
 }
 
+/// Extended L2 entries, also with compressed clusters underneath and with a
+/// snapshot, whose content has to stay.
+#[test]
+fn subclusters() {
+    watched(300, || {
+        let mut seed = 400;
+        for (cluster, bits) in [("16k", "16"), ("64k", "1"), ("128k", "64"), ("2M", "16")] {
+            for compressed in [false, true] {
+                let dir = scratch();
+                let path = dir.path().join("a.qcow2");
+                let options = format!("extended_l2=on,cluster_size={cluster},refcount_bits={bits}");
+                eprintln!("{options} compressed {compressed} seed {seed}");
+                let mut model = half_random(SIZE as usize, seed);
+                if compressed {
+                    convert(&model, &path, &["-O", "qcow2", "-c", "-o", &options]);
+                } else {
+                    create(&path, &options, SIZE);
+                    model.fill(0);
+                }
+                model = exercise(&path, model, seed, 150);
+                if bits != "1" {
+                    qemu_img(&["snapshot", "-c", "one", name(&path)]);
+                    exercise(&path, model.clone(), seed + 1000, 150);
+                    let seen = dir.path().join("seen");
+                    let names = ["snapshot.name=one", name(&path), name(&seen)];
+                    qemu_img(&[&["convert", "-O", "raw", "-l"], names.as_slice()].concat());
+                    assert_same(&std::fs::read(&seen).unwrap(), &model, "the snapshot");
+                }
+                seed += 1;
+            }
+        }
+    });
+}
+
 #[test]
 fn over_backing_files_of_every_length() {
     watched(300, || {
         let mut seed = 100;
         for compat in ["0.10", "1.1"] {
-            for (cluster, base_cluster) in
-                [("512", "64k"), ("64k", "4k"), ("64k", "64k"), ("2M", "512")]
-            {
+            for (cluster, base_cluster) in [
+                ("512", "64k"),
+                ("64k", "4k"),
+                ("64k", "64k"),
+                ("2M", "512"),
+                ("extended", "16k"),
+            ] {
+                let extended = cluster == "extended";
+                if extended && compat == "0.10" {
+                    continue;
+                }
+                let cluster = if extended {
+                    "64k,extended_l2=on"
+                } else {
+                    cluster
+                };
                 // Shorter than, as long as and longer than the overlay; not at
                 // the end of a cluster.
                 for base_size in [SIZE / 2 + 512 * 3, SIZE, SIZE * 2] {

@@ -109,6 +109,9 @@ impl Chain {
                 Mapping::Unallocated => {
                     if layers.get(depth + 1).is_none_or(|below| at >= below.size()) {
                         entry.zero = true;
+                        let host;
+                        (host, len) = image.idle_host(GuestOffset(at), len).await?;
+                        entry.offset = host.map(|host| host.0);
                         break;
                     }
                 }

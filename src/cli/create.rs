@@ -34,8 +34,8 @@ pub(super) struct Args {
     backing_unsafe: bool,
 
     /// Options with qemu-img's names: cluster_size, compat, refcount_bits,
-    /// lazy_refcounts, compression_type, backing_file, backing_fmt, size,
-    /// preallocation=off
+    /// lazy_refcounts, extended_l2, compression_type, backing_file,
+    /// backing_fmt, size, preallocation=off
     #[arg(short, value_name = "NAME=VALUE,...")]
     options: Vec<String>,
 
@@ -87,6 +87,7 @@ fn plan(args: &Args) -> Result<Plan> {
                     .parse()
                     .map_err(|_| usage(format!("refcount_bits={value} is not a number")))?;
             }
+            "extended_l2" => image.extended_l2 = switch(&name, value)?,
             "lazy_refcounts" => image.lazy_refcounts = switch(&name, value)?,
             "compression_type" => image.compression_type = compression(value)?,
             other => refuse_unless_off(other, value)?,
@@ -163,7 +164,6 @@ fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
     let known = matches!(
         name,
         "preallocation"
-            | "extended_l2"
             | "data_file"
             | "data_file_raw"
             | "encryption"
@@ -172,8 +172,8 @@ fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
     ) || name.starts_with("encrypt.");
     if !known {
         return Err(usage(format!("there is no option {name:?}")).cure(
-            "there are cluster_size, compat, refcount_bits, lazy_refcounts, compression_type, \
-             backing_file, backing_fmt, size and preallocation=off",
+            "there are cluster_size, compat, refcount_bits, lazy_refcounts, extended_l2, \
+             compression_type, backing_file, backing_fmt, size and preallocation=off",
         ));
     }
     if matches!(value, "off" | "no" | "false" | "n" | "0") {

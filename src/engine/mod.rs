@@ -5,8 +5,10 @@
 //! the first, and copies only what has to be copied.
 
 mod compressed;
+mod data;
 mod flight;
 mod housekeeper;
+mod parts;
 mod ranges;
 mod read;
 mod write;

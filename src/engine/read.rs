@@ -26,7 +26,7 @@ impl Engine {
             match found {
                 Found::Zeros => part.fill_zeros().map_err(|e| self.payload_error(e))?,
                 Found::Host { layer, offset } => {
-                    flight.add(layer.storage().start_read(offset, &part));
+                    flight.add(self.start_read_data(layer, at, offset, &part));
                 }
                 Found::Compressed { image, range, at } => {
                     let cluster = image.inflate(range).await?;

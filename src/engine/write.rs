@@ -16,7 +16,12 @@ impl Engine {
         payload: Payload,
     ) -> Result<()> {
         let image = self.top();
-        let exclude = image.storage().alignment() > self.options.request_unit;
+        // Where the storage writes whole blocks, neighbours in them must not
+        // be written at the same time: not by others, whose requests may be
+        // smaller, nor by this one, part of which may need a new mapping.
+        let alignment = image.storage().alignment();
+        let exclude = alignment > self.options.request_unit
+            || u64::from(alignment) > 1 << image.geometry().subcluster_bits();
         let mut flight = Flight::default();
         let mut done = 0;
         let result = loop {
@@ -37,9 +42,13 @@ impl Engine {
                     if exclude {
                         self.write_excluding(at, host, part).await
                     } else {
-                        flight.add(image.storage().start_write(host.0, &part));
+                        flight.add(self.start_write_data(at, host, &part));
                         Ok(extent.len)
                     }
+                }
+                _ if image.has_subclusters() => {
+                    let rest = payload.slice(done, payload.len() - done);
+                    self.write_parts(slot, at, rest).await
                 }
                 _ => {
                     let rest = payload.slice(done, payload.len() - done);
@@ -73,7 +82,7 @@ impl Engine {
         if extent.mapping != (Mapping::Data { host, copied: true }) || extent.len != part.len() {
             return Ok(0);
         }
-        image.storage().start_write(host.0, &part).await?;
+        self.start_write_data(at, host, &part).await?;
         Ok(part.len())
     }
 
@@ -172,7 +181,6 @@ impl Engine {
     /// showed before; how many bytes of the payload.
     async fn fill(&self, target: &Target, payload: Payload) -> Result<u64> {
         let cluster_size = self.top().cluster_size();
-        let storage = self.top().storage();
         let len = payload.len().min(target.count * cluster_size - target.head);
         let payload = payload.slice(0, len);
         let tail = (target.head + len) % cluster_size;
@@ -197,21 +205,23 @@ impl Engine {
         if let Some(mut cluster) = first_copy {
             from = len.min(cluster_size - target.head);
             self.overlay(&mut cluster, target.head, &payload.slice(0, from))?;
-            storage.write(target.host.0, &cluster).await?;
+            self.write_data(target.first, target.host, &cluster).await?;
         }
         if let Some(mut cluster) = last_copy {
             to = len - tail;
             self.overlay(&mut cluster, 0, &payload.slice(to, tail))?;
-            let host = target.host + (target.count - 1) * cluster_size;
-            storage.write(host.0, &cluster).await?;
+            let last = (target.count - 1) * cluster_size;
+            let (guest, host) = (target.first + last, target.host + last);
+            self.write_data(guest, host, &cluster).await?;
         }
         let mut at = from;
         while at < to {
             // Zeros are written from a buffer of limited length.
             let step = if payload.is_zeros() { 1 << 20 } else { to - at };
             let part = payload.slice(at, step.min(to - at));
-            let host = target.host + (target.head + at);
-            flight.add(storage.start_write(host.0, &part));
+            let into = target.head + at;
+            let (guest, host) = (target.first + into, target.host + into);
+            flight.add(self.start_write_data(guest, host, &part));
             at += part.len();
         }
         flight.land().await.map(|()| len)

@@ -1,9 +1,12 @@
-//! Write-zeroes and discard: whole clusters by their mapping, the rest by
-//! writing zeros or not at all.
+//! Write-zeroes and discard: whole clusters (zeroes: subclusters too) by their
+//! mapping, the rest by writing zeros or not at all.
+
+use std::ops::Range;
 
 use super::Engine;
 use crate::block::Payload;
 use crate::error::Result;
+use crate::qcow2::spec::L2Entry;
 use crate::qcow2::{Change, GuestOffset, Mapping};
 
 /// Clusters changed under one range lock: the reach of one L2 slice.
@@ -17,7 +20,7 @@ impl Engine {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let (start, end) = self.whole_clusters(offset, len);
+        let (start, end) = self.whole_units(offset, len, self.top().geometry().subcluster_bits());
         if start >= end {
             return self.write_range(slot, offset, Payload::zeros(len)).await;
         }
@@ -35,7 +38,7 @@ impl Engine {
     }
 
     pub(super) async fn discard_range(&self, slot: usize, offset: u64, len: u64) -> Result<()> {
-        let (start, end) = self.whole_clusters(offset, len);
+        let (start, end) = self.whole_units(offset, len, self.top().cluster_bits());
         if start < end {
             self.change_clusters(slot, start, end, Wish::Discard)
                 .await?;
@@ -43,17 +46,17 @@ impl Engine {
         Ok(())
     }
 
-    /// The part of the range that is whole clusters. The last cluster of the
-    /// disk counts as whole when the range reaches the disk's end.
-    fn whole_clusters(&self, offset: u64, len: u64) -> (u64, u64) {
-        let cluster_size = self.top().cluster_size();
+    /// The part of the range that is whole units of 2^`bits` bytes. The last
+    /// one of the disk counts as whole when the range reaches the disk's end.
+    fn whole_units(&self, offset: u64, len: u64, bits: u32) -> (u64, u64) {
+        let unit = 1 << bits;
         let end = offset + len;
         let end_aligned = if end == self.size() {
             end
         } else {
-            end - end % cluster_size
+            end - end % unit
         };
-        (offset.next_multiple_of(cluster_size), end_aligned)
+        (offset.next_multiple_of(unit), end_aligned)
     }
 
     async fn change_clusters(&self, slot: usize, start: u64, end: u64, wish: Wish) -> Result<()> {
@@ -66,13 +69,26 @@ impl Engine {
                 at += extent.len;
                 continue;
             }
-            let stop = (at + extent.len.min(STEP << bits)).min(end);
+            if image.has_subclusters()
+                && (!at.is_multiple_of(1 << bits)
+                    || extent.len < (1 << bits) && at + extent.len < self.size())
+            {
+                at = self.change_parts(slot, start..end, at, wish).await?;
+                continue;
+            }
+            let mut stop = (at + extent.len.min(STEP << bits)).min(end);
+            if image.has_subclusters() && stop < self.size() {
+                stop -= stop % (1 << bits);
+            }
             let clusters = at >> bits..stop.div_ceil(1 << bits);
             let Some(range) = self.ranges.take_or_wait(clusters.start, clusters.end).await else {
                 continue;
             };
             // Under the lock: what is it now?
             let extent = image.lookup(GuestOffset(at), stop - at).await?;
+            if image.has_subclusters() && extent.len < stop - at {
+                continue;
+            }
             if self.is_done(at, extent.len, extent.mapping, wish).await? {
                 at += extent.len;
                 continue;
@@ -87,9 +103,7 @@ impl Engine {
                     Mapping::Data { host, copied: true } => {
                         image.check_overlap(host, extent.len)?;
                         let unmap = !matches!(wish, Wish::Zeros { unmap: false });
-                        image
-                            .storage()
-                            .write_zeroes(host.0, count << bits, unmap)
+                        self.zero_data(GuestOffset(at), host, count << bits, unmap)
                             .await?;
                     }
                     _ => {
@@ -102,6 +116,44 @@ impl Engine {
             at += extent.len;
         }
         Ok(())
+    }
+
+    /// Fulfils the wish for a cluster with subclusters from `at` to its end,
+    /// or to that of `range`; how far it came. Where the range has the whole
+    /// cluster, the whole cluster goes.
+    async fn change_parts(
+        &self,
+        slot: usize,
+        range: Range<u64>,
+        at: u64,
+        wish: Wish,
+    ) -> Result<u64> {
+        let image = self.top();
+        let first = GuestOffset(at).align_down(image.cluster_bits());
+        let cluster = first.0..self.size().min(first.0 + image.cluster_size());
+        let stop = range.end.min(cluster.end);
+        let number = first.cluster(image.cluster_bits());
+        let Some(lock) = self.ranges.take_or_wait(number, number + 1).await else {
+            return Ok(at);
+        };
+        let unmap = !matches!(wish, Wish::Zeros { unmap: false });
+        let change = if range.start <= cluster.start && cluster.end <= range.end {
+            if unmap {
+                Change::Zero
+            } else {
+                Change::ZeroKept
+            }
+        } else if matches!(image.entry_at(first).await?, L2Entry::Compressed(_)) {
+            drop(lock);
+            let zeros = Payload::zeros(stop - at);
+            return self.write_range(slot, at, zeros).await.map(|()| stop);
+        } else {
+            let parts = at - first.0..stop - first.0;
+            let mask = image.geometry().subclusters_touched(0, &parts);
+            Change::ZeroParts { mask, unmap }
+        };
+        image.change(slot, first, 1, change).await?;
+        Ok(stop)
     }
 
     /// The mapping that fulfils the wish; None where only writing zeros does.

@@ -3,7 +3,9 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 
-use super::spec::geometry::{MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS};
+use super::spec::geometry::{
+    MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_CLUSTER_BITS_EXTENDED_L2,
+};
 use super::spec::header::{
     Autoclear, Compatible, CryptMethod, Extension, FeatureName, Incompatible, MAX_BACKING_FORMAT,
     MAX_BACKING_NAME, V3_LEN, V3_MIN_LEN,
@@ -43,6 +45,8 @@ pub struct CreateOptions {
     pub compression_type: CompressionType,
     /// Refcount updates may be postponed.
     pub lazy_refcounts: bool,
+    /// L2 entries of 16 bytes: a 32nd of a cluster can be allocated alone.
+    pub extended_l2: bool,
     /// The file under the image.
     pub backing: Option<Backing>,
 }
@@ -57,6 +61,7 @@ impl CreateOptions {
             refcount_bits: 16,
             compression_type: CompressionType::Deflate,
             lazy_refcounts: false,
+            extended_l2: false,
             backing: None,
         }
     }
@@ -89,7 +94,8 @@ impl CreateOptions {
             refcount_table_clusters: layout.reftable_clusters as u32,
             nb_snapshots: 0,
             snapshots_offset: HostOffset(0),
-            incompatible: bit(zstd, Incompatible::COMPRESSION),
+            incompatible: bit(zstd, Incompatible::COMPRESSION)
+                | bit(self.extended_l2, Incompatible::EXTENDED_L2),
             compatible: bit(self.lazy_refcounts, Compatible::LAZY_REFCOUNTS),
             autoclear: Autoclear::empty(),
             refcount_order: geometry.refcount_order,
@@ -123,6 +129,11 @@ impl CreateOptions {
                 "Cluster size must be a power of two between 512 and 2048k",
             ));
         }
+        if self.extended_l2 && cluster_bits < MIN_CLUSTER_BITS_EXTENDED_L2 {
+            return Err(usage(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
+        }
         if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
             return Err(usage(
                 "Refcount width must be a power of two and may not exceed 64 bits",
@@ -132,7 +143,8 @@ impl CreateOptions {
             cluster_bits,
             refcount_order: self.refcount_bits.trailing_zeros(),
             version: self.version,
-            extended_l2: false,
+            extended_l2: self.extended_l2,
+            external_data: false,
         })
     }
 
@@ -143,6 +155,7 @@ impl CreateOptions {
             2 if self.compression_type != CompressionType::Deflate => {
                 "Non-zlib compression type is only supported with"
             }
+            2 if self.extended_l2 => "Extended L2 entries are only supported with",
             2 if self.lazy_refcounts => "Lazy refcounts only supported with",
             2 => return Ok(()),
             other => {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::Image;
 use super::meta::Slice;
 use super::spec::addr::{GuestOffset, HostOffset};
-use super::spec::entry::{CompressedRange, L1Entry, L2Entry};
+use super::spec::entry::{CompressedRange, L1Entry};
+use super::spec::l2::L2Entry;
+use super::spec::subcluster::{SUBCLUSTERS, Subcluster};
 use crate::error::Result;
 
 /// Where the bytes of a guest range are.
@@ -37,7 +39,7 @@ pub(crate) struct Extent {
 pub(crate) struct EntryPlace {
     /// Offset of the slice in the file.
     pub(crate) slice: HostOffset,
-    /// Index of the entry's word in the slice.
+    /// Index of the entry in the slice.
     pub(crate) index: usize,
 }
 
@@ -56,6 +58,35 @@ impl Image {
         };
         let slice = self.l2_slice(place).await?;
         self.extent(&slice, place.index, at, len)
+    }
+
+    /// The place that a range has in a host cluster without being data or
+    /// zeros there, as subclusters may, and for how many of its bytes that
+    /// holds: what [`Mapping::Unallocated`] does not tell.
+    pub(crate) async fn idle_host(
+        &self,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<(Option<HostOffset>, u64)> {
+        let place = self.entry_place(at)?;
+        let Some(place) = place.filter(|_| self.geometry.extended_l2) else {
+            return Ok((None, len));
+        };
+        let slice = self.l2_slice(place).await?;
+        let in_cluster = at.offset_in(self.geometry.cluster_bits);
+        let mut covered = self.geometry.cluster_size() - in_cluster;
+        if let Some((host, _)) = self.decode(&slice, place.index)?.host() {
+            return Ok((Some(host + in_cluster), len.min(covered)));
+        }
+        let mut index = place.index + 1;
+        while covered < len && index < slice.entries() {
+            if self.decode(&slice, index)?.host().is_some() {
+                break;
+            }
+            covered += self.geometry.cluster_size();
+            index += 1;
+        }
+        Ok((None, len.min(covered)))
     }
 
     /// The slice that holds an L2 entry.
@@ -87,23 +118,37 @@ impl Image {
 
     /// Where the entry of `at` is in the L2 table at `table`.
     pub(super) fn place_in(&self, table: HostOffset, at: GuestOffset) -> EntryPlace {
-        let byte = self.geometry.l2_index(at) * 8;
+        let entry_bits = self.geometry.l2_entry_bits();
+        let byte = self.geometry.l2_index(at) << entry_bits;
         let in_slice = byte % self.l2.slice_bytes();
         EntryPlace {
             slice: table + (byte - in_slice),
-            index: (in_slice / 8) as usize,
+            index: (in_slice >> entry_bits) as usize,
         }
     }
 
-    fn decode(&self, slice: &Slice, index: usize) -> Result<L2Entry> {
-        L2Entry::decode(slice.word(index), &self.geometry).map_err(|bad| {
-            bad.into_error("L2 table", slice.offset() + index as u64 * 8)
+    /// The L2 entry that maps `at`.
+    pub(crate) async fn entry_at(&self, at: GuestOffset) -> Result<L2Entry> {
+        let Some(place) = self.entry_place(at)? else {
+            return Ok(L2Entry::Unallocated);
+        };
+        let slice = self.l2_slice(place).await?;
+        self.decode(&slice, place.index)
+    }
+
+    pub(super) fn decode(&self, slice: &Slice, index: usize) -> Result<L2Entry> {
+        L2Entry::decode(slice.entry(index), &self.geometry).map_err(|bad| {
+            bad.into_error("L2 table", slice.entry_offset(index))
                 .path(self.storage.path())
         })
     }
 
     /// As many adjacent entries as make one extent.
+    #[inline]
     fn extent(&self, slice: &Slice, index: usize, at: GuestOffset, len: u64) -> Result<Extent> {
+        if self.geometry.extended_l2 {
+            return self.extent_of_subclusters(slice, index, at, len);
+        }
         let cluster_bits = self.geometry.cluster_bits;
         let in_cluster = at.offset_in(cluster_bits);
         let first = mapping_of(self.decode(slice, index)?, in_cluster);
@@ -116,9 +161,9 @@ impl Image {
             });
         }
         let mut index = index + 1;
-        while covered < len && index < slice.len() {
+        while covered < len && index < slice.entries() {
             // An invalid entry ends the extent; it is reported when reached.
-            let Ok(entry) = L2Entry::decode(slice.word(index), &self.geometry) else {
+            let Ok(entry) = L2Entry::decode(slice.entry(index), &self.geometry) else {
                 break;
             };
             if !continues(first, covered, mapping_of(entry, 0)) {
@@ -132,11 +177,63 @@ impl Image {
             len: len.min(covered),
         })
     }
+
+    /// As many adjacent subclusters as make one extent.
+    fn extent_of_subclusters(
+        &self,
+        slice: &Slice,
+        mut index: usize,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<Extent> {
+        let subcluster_bits = self.geometry.subcluster_bits();
+        let in_cluster = at.offset_in(self.geometry.cluster_bits);
+        let entry = self.decode(slice, index)?;
+        let (first, subclusters) = part_of(entry, in_cluster, subcluster_bits);
+        let mut end = (in_cluster >> subcluster_bits) as u32 + subclusters;
+        let mut covered = (u64::from(end) << subcluster_bits) - in_cluster;
+        let alone = matches!(first, Mapping::Compressed(_));
+        // Beyond the cluster only where the extent fills it to its end.
+        while !alone && covered < len && end == SUBCLUSTERS && index + 1 < slice.entries() {
+            index += 1;
+            let Ok(entry) = L2Entry::decode(slice.entry(index), &self.geometry) else {
+                break;
+            };
+            let (next, subclusters) = part_of(entry, 0, subcluster_bits);
+            if !continues(first, covered, next) {
+                break;
+            }
+            end = subclusters;
+            covered += u64::from(subclusters) << subcluster_bits;
+        }
+        Ok(Extent {
+            mapping: first,
+            len: len.min(covered),
+        })
+    }
+}
+
+/// What is at `in_cluster`, and how many subclusters from there on are of the
+/// same kind.
+fn part_of(entry: L2Entry, in_cluster: u64, subcluster_bits: u32) -> (Mapping, u32) {
+    let index = (in_cluster >> subcluster_bits) as u32;
+    let L2Entry::Mixed { host, copied, .. } = entry else {
+        return (mapping_of(entry, in_cluster), SUBCLUSTERS - index);
+    };
+    let (kind, run) = entry.run(index);
+    let host = host.map(|host| host + in_cluster);
+    let mapping = match (kind, host) {
+        (Subcluster::Data, Some(host)) => Mapping::Data { host, copied },
+        (Subcluster::Zero, host) => Mapping::Zero { host, copied },
+        // The second is refused when an entry is decoded.
+        (Subcluster::Unallocated, _) | (Subcluster::Data, None) => Mapping::Unallocated,
+    };
+    (mapping, run)
 }
 
 fn mapping_of(entry: L2Entry, in_cluster: u64) -> Mapping {
     match entry {
-        L2Entry::Unallocated => Mapping::Unallocated,
+        L2Entry::Unallocated | L2Entry::Mixed { .. } => Mapping::Unallocated,
         L2Entry::Zero => Mapping::Zero {
             host: None,
             copied: false,

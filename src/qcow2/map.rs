@@ -3,6 +3,7 @@
 //! The caller holds the range lock of the guest clusters it changes, and the
 //! data they are to show is in the file (written, not yet durable).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Image;
@@ -10,7 +11,8 @@ use super::alloc::{Freed, Reserved};
 use super::meta::Slice;
 use super::pack::Packed;
 use super::spec::addr::{GuestOffset, HostOffset};
-use super::spec::entry::{L1Entry, L2Entry};
+use super::spec::entry::L1Entry;
+use super::spec::l2::L2Entry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::Buf;
 
@@ -29,6 +31,35 @@ pub(crate) enum Change<'a> {
     Zero,
     /// Shows the layer below; host clusters are freed.
     Unallocated,
+    /// In images with subclusters: `written`, in bytes from the first
+    /// cluster's begin, and what [`L2Entry::after_write`] adds to it, is data
+    /// now: in the reserved clusters, which are as many as the clusters, or in
+    /// the cluster's own.
+    Parts {
+        reserved: Option<Reserved<'a>>,
+        written: Range<u64>,
+    },
+    /// In images with subclusters, for one cluster that is not compressed:
+    /// the subclusters of the mask read as zeros. With `unmap`, a host cluster
+    /// without any data left is freed.
+    ZeroParts { mask: u32, unmap: bool },
+}
+
+impl L2Entry {
+    /// The host cluster that may be written to in place.
+    #[inline]
+    pub(crate) fn own_host(self) -> Option<HostOffset> {
+        self.host()
+            .and_then(|(host, copied)| copied.then_some(host))
+    }
+
+    /// The mask of the subclusters that have to hold data when those of
+    /// `written` do: in a cluster of its own it keeps what it has; what is in
+    /// somebody else's cluster, or compressed, has to be copied. Zeros and
+    /// what is not there stay so.
+    pub(crate) fn after_write(self, written: u32) -> u32 {
+        self.subclusters().with_data(written).allocated()
+    }
 }
 
 impl Image {
@@ -105,7 +136,11 @@ impl Image {
             .await;
         // What is mapped by now must not be given back, whatever failed.
         match change {
-            Change::Data(reserved) => reserved.used(done),
+            Change::Data(reserved)
+            | Change::Parts {
+                reserved: Some(reserved),
+                ..
+            } => reserved.used(done),
             Change::Compressed(packed) if done > 0 => packed.used(),
             _ => {}
         }
@@ -126,7 +161,7 @@ impl Image {
             let table = self.own_l2(slot, at).await?;
             let place = self.place_in(table, at);
             let slice = self.l2_slice(place).await?;
-            let here = (count - *done).min((slice.len() - place.index) as u64);
+            let here = (count - *done).min((slice.entries() - place.index) as u64);
             for index in place.index..place.index + here as usize {
                 self.change_entry(&slice, index, *done, change)?;
                 *done += 1;
@@ -142,11 +177,7 @@ impl Image {
         nth: u64,
         change: &Change<'_>,
     ) -> Result<()> {
-        let raw = slice.word(index);
-        let old = L2Entry::decode(raw, &self.geometry).map_err(|bad| {
-            bad.into_error("L2 table", slice.offset() + index as u64 * 8)
-                .path(self.storage.path())
-        })?;
+        let old = self.decode(slice, index)?;
         let new = match (change, old) {
             (Change::Data(reserved), _) => L2Entry::Data {
                 host: reserved.offset() + (nth << self.geometry.cluster_bits),
@@ -157,54 +188,74 @@ impl Image {
                 L2Entry::Data { host, copied: true }
             }
             (Change::ZeroToData, _) => {
-                return Err(Error::corrupt(
-                    "a zero cluster changed while it was written to",
-                    slice.offset().0 + index as u64 * 8,
-                )
-                .path(self.storage.path()));
+                return Err(self.changed_meanwhile(slice, index));
             }
             (
                 Change::ZeroKept,
                 L2Entry::Data { host, copied: true }
-                | L2Entry::ZeroAllocated { host, copied: true },
+                | L2Entry::ZeroAllocated { host, copied: true }
+                | L2Entry::Mixed {
+                    host: Some(host),
+                    copied: true,
+                    ..
+                },
             ) => L2Entry::ZeroAllocated { host, copied: true },
             (Change::ZeroKept | Change::Zero, _) => L2Entry::Zero,
             (Change::Unallocated, _) => L2Entry::Unallocated,
+            (Change::Parts { reserved, written }, _) => {
+                let bits = self.geometry.cluster_bits;
+                let host = match reserved {
+                    Some(reserved) => Some(reserved.offset() + (nth << bits)),
+                    None => old.own_host(),
+                };
+                let host = host.ok_or_else(|| self.changed_meanwhile(slice, index))?;
+                let mask = self.geometry.subclusters_touched(nth << bits, written);
+                let data = old.after_write(mask);
+                L2Entry::with_host(host, true, old.subclusters().with_data(data))
+            }
+            (Change::ZeroParts { .. }, L2Entry::Compressed(_)) => {
+                return Err(self.changed_meanwhile(slice, index));
+            }
+            (&Change::ZeroParts { mask, unmap }, _) => {
+                let subclusters = old.subclusters().with_zeros(mask);
+                match old.host() {
+                    Some((host, copied)) if subclusters.allocated() != 0 || !unmap => {
+                        L2Entry::with_host(host, copied, subclusters)
+                    }
+                    _ => L2Entry::without_host(subclusters),
+                }
+            }
         };
         if new == old {
             return Ok(());
         }
-        self.l2.store(slice, index, new.encode(&self.geometry));
+        self.l2
+            .store_entry(slice, index, new.encode(&self.geometry));
         self.free_old(old, new);
         Ok(())
     }
 
+    #[cold]
+    fn changed_meanwhile(&self, slice: &Slice, index: usize) -> Error {
+        Error::corrupt(
+            "a cluster changed while it was written to",
+            slice.entry_offset(index).0,
+        )
+        .path(self.storage.path())
+    }
+
     /// Puts the host clusters that an entry no longer names on the list.
     fn free_old(&self, old: L2Entry, new: L2Entry) {
-        let cluster_bits = self.geometry.cluster_bits;
-        let kept = match new {
-            L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => Some(host),
-            _ => None,
-        };
-        match old {
-            L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. }
-                if Some(host) != kept =>
-            {
-                self.frees.push(Freed {
-                    first: host.cluster(cluster_bits),
-                    count: 1,
-                    table: false,
-                });
-            }
-            L2Entry::Compressed(range) => {
-                let touched = range.clusters_touched(&self.geometry);
-                self.frees.push(Freed {
-                    first: *touched.start(),
-                    count: touched.end() - touched.start() + 1,
-                    table: false,
-                });
-            }
-            _ => {}
+        let host = |entry: L2Entry| entry.host().map(|(host, _)| host);
+        if host(old).is_some() && host(old) == host(new) {
+            return;
+        }
+        if let Some(clusters) = old.references(&self.geometry) {
+            self.frees.push(Freed {
+                first: *clusters.start(),
+                count: clusters.end() - clusters.start() + 1,
+                table: false,
+            });
         }
     }
 

@@ -112,6 +112,12 @@ impl Image {
         self.size.load(Ordering::Acquire)
     }
 
+    /// The image has extended L2 entries: parts of clusters are mapped apart.
+    #[inline]
+    pub(crate) fn has_subclusters(&self) -> bool {
+        self.geometry.extended_l2
+    }
+
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         self.geometry.cluster_size()

@@ -118,7 +118,7 @@ impl Image {
         // dirty, writers are made to wait for a write-back.
         let enough = geometry
             .clusters_for(disk.size)
-            .saturating_mul(2 * 8)
+            .saturating_mul(2 * geometry.l2_entry_bytes())
             .max(256 << 10);
         let queues = options.queues.max(1);
         let nothing = Run {
@@ -135,7 +135,8 @@ impl Image {
                 "L2 table",
                 geometry.l2_table_bytes(),
                 options.l2_cache.min(enough),
-            ),
+            )
+            .of_pairs(geometry.extended_l2),
             refblocks: SliceCache::new("refcount block", geometry.cluster_size(), REFBLOCK_CACHE),
             inflated: Inflated::new(geometry.cluster_size()),
             alloc: sync::Mutex::new(Allocator::new(refcounts)),

@@ -8,7 +8,7 @@ use qcow2_ublk::codec;
 use qcow2_ublk::qcow2::spec::header::Prefix;
 use qcow2_ublk::qcow2::spec::snapshot::{self, Snapshot};
 use qcow2_ublk::qcow2::spec::{
-    Geometry, Header, HostOffset, L1Entry, L2Entry, ReftableEntry, refcount,
+    Geometry, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, ReftableEntry, Subcluster, refcount,
 };
 use qcow2_ublk::storage::sim::Image;
 
@@ -70,10 +70,13 @@ impl<'a> Checked<'a> {
         snapshots
     }
 
-    fn l2(&self, entry: L1Entry) -> Vec<u64> {
+    fn l2(&self, entry: L1Entry) -> Vec<RawL2Entry> {
         match entry {
             L1Entry::Unallocated => Vec::new(),
-            L1Entry::Table { offset, .. } => words(self.image, offset, self.geometry.l2_entries()),
+            L1Entry::Table { offset, .. } => {
+                let table = self.image.bytes(offset.0, self.geometry.cluster_size());
+                RawL2Entry::all(&table, &self.geometry).collect()
+            }
         }
     }
 
@@ -132,17 +135,15 @@ impl<'a> Checked<'a> {
                 }
                 for raw in self.l2(entry) {
                     match L2Entry::decode(raw, &self.geometry) {
-                        Ok(
-                            L2Entry::Data { host, copied }
-                            | L2Entry::ZeroAllocated { host, copied },
-                        ) => {
-                            add(host, 1);
-                            if active {
-                                copied_flags.push((host, copied, "L2"));
+                        Ok(L2Entry::Compressed(range)) => add(range.offset, range.max_len),
+                        Ok(entry) => {
+                            if let Some((host, copied)) = entry.host() {
+                                add(host, 1);
+                                if active {
+                                    copied_flags.push((host, copied, "L2"));
+                                }
                             }
                         }
-                        Ok(L2Entry::Compressed(range)) => add(range.offset, range.max_len),
-                        Ok(L2Entry::Unallocated | L2Entry::Zero) => {}
                         Err(bad) => found.corruptions.push(format!("L2: {bad}")),
                     }
                 }
@@ -208,18 +209,29 @@ impl<'a> Checked<'a> {
         for raw in words(self.image, l1, l1_size.into()) {
             let entry = L1Entry::decode(raw, &self.geometry).unwrap();
             let mut l2 = self.l2(entry);
-            l2.resize(self.geometry.l2_entries() as usize, 0);
+            l2.resize(self.geometry.l2_entries() as usize, RawL2Entry::default());
             for raw in l2 {
                 if disk.len() as u64 >= size {
                     break;
                 }
                 match L2Entry::decode(raw, &self.geometry).unwrap() {
-                    L2Entry::Unallocated => {
-                        let start = below.len().min(disk.len());
-                        let end = below.len().min(disk.len() + cluster_size as usize);
-                        let whole = disk.len() + cluster_size as usize;
-                        disk.extend_from_slice(&below[start..end]);
-                        disk.resize(whole, 0);
+                    L2Entry::Unallocated => show_below(&mut disk, below, cluster_size),
+                    L2Entry::Mixed {
+                        host, subclusters, ..
+                    } => {
+                        let len = cluster_size / 32;
+                        for index in 0..32 {
+                            match (subclusters.get(index), host) {
+                                (Subcluster::Unallocated, _) => {
+                                    show_below(&mut disk, below, len);
+                                }
+                                (Subcluster::Data, Some(host)) => {
+                                    let at = host.0 + u64::from(index) * len;
+                                    disk.extend(self.image.bytes(at, len));
+                                }
+                                _ => disk.resize(disk.len() + len as usize, 0),
+                            }
+                        }
                     }
                     L2Entry::Zero | L2Entry::ZeroAllocated { .. } => {
                         disk.resize(disk.len() + cluster_size as usize, 0);
@@ -260,4 +272,12 @@ impl<'a> Checked<'a> {
             below,
         )
     }
+}
+
+/// Adds what is below a disk's next `len` bytes.
+fn show_below(disk: &mut Vec<u8>, below: &[u8], len: u64) {
+    let whole = disk.len() + len as usize;
+    let shown = below.len().min(disk.len())..below.len().min(whole);
+    disk.extend_from_slice(&below[shown]);
+    disk.resize(whole, 0);
 }

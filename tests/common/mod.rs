@@ -10,7 +10,9 @@ use std::process::Command;
 
 use qcow2_ublk::codec;
 use qcow2_ublk::qcow2::spec::header::Prefix;
-use qcow2_ublk::qcow2::spec::{Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Entry};
+use qcow2_ublk::qcow2::spec::{
+    Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Entry, RawL2Entry, Subcluster,
+};
 
 /// Runs `qemu-img` and returns what it printed. QEMU is needed: a test that
 /// cannot run it has not passed.
@@ -85,8 +87,9 @@ impl Reader {
         match L1Entry::decode(self.be64(l1), &geometry).unwrap() {
             L1Entry::Unallocated => L2Entry::Unallocated,
             L1Entry::Table { offset, .. } => {
-                let l2 = offset + geometry.l2_index(guest) * 8;
-                L2Entry::decode(self.be64(l2), &geometry).unwrap()
+                let len = geometry.l2_entry_bytes();
+                let l2 = self.bytes(offset + geometry.l2_index(guest) * len, len);
+                L2Entry::decode(RawL2Entry::read(&l2, &geometry), &geometry).unwrap()
             }
         }
     }
@@ -102,6 +105,19 @@ impl Reader {
                     disk.resize(disk.len() + cluster_size as usize, 0);
                 }
                 L2Entry::Data { host, .. } => disk.extend(self.bytes(host, cluster_size)),
+                L2Entry::Mixed {
+                    host, subclusters, ..
+                } => {
+                    let len = cluster_size / 32;
+                    for index in 0..32 {
+                        match (subclusters.get(index), host) {
+                            (Subcluster::Data, Some(host)) => {
+                                disk.extend(self.bytes(host + u64::from(index) * len, len));
+                            }
+                            _ => disk.resize(disk.len() + len as usize, 0),
+                        }
+                    }
+                }
                 L2Entry::Compressed(range) => {
                     let input = self.bytes(range.offset, range.max_len);
                     let mut output = vec![0; cluster_size as usize];

@@ -8,6 +8,7 @@ use lru::LruCache;
 
 use super::Slice;
 use crate::error::Result;
+use crate::qcow2::spec::RawL2Entry;
 use crate::qcow2::spec::addr::HostOffset;
 use crate::runtime::Buf;
 use crate::runtime::sync::WaitList;
@@ -30,6 +31,8 @@ pub(crate) struct SliceCache {
     /// What the tables are called in errors.
     what: &'static str,
     slice_bytes: u64,
+    /// Words belong together two by two.
+    pairs: bool,
     shards: [Shard; SHARDS],
     shard_capacity: usize,
     loaded: WaitList,
@@ -54,6 +57,7 @@ impl SliceCache {
         Self {
             what,
             slice_bytes,
+            pairs: false,
             // Unbounded: `make_room` decides what goes, an LruCache's own
             // limit would drop dirty slices.
             shards: std::array::from_fn(|_| Mutex::new(LruCache::unbounded())),
@@ -62,6 +66,11 @@ impl SliceCache {
             dirty: Mutex::default(),
             dirty_count: AtomicUsize::new(0),
         }
+    }
+
+    /// For tables whose entries are two words long.
+    pub(crate) fn of_pairs(self, pairs: bool) -> Self {
+        Self { pairs, ..self }
     }
 
     /// Length of a slice in the file, in bytes.
@@ -116,7 +125,7 @@ impl SliceCache {
             .read(offset.0, &mut bytes)
             .await
             .map_err(|e| e.context(format_args!("cannot read the {}", self.what)))?;
-        let slice = Arc::new(Slice::decode(offset, &bytes));
+        let slice = Arc::new(Slice::decode(offset, &bytes, self.pairs));
         mark.fill(Arc::clone(&slice));
         Ok(slice)
     }
@@ -144,6 +153,12 @@ impl SliceCache {
         slice.store(index, word);
         self.mark_dirty(slice);
         old
+    }
+
+    /// Stores an L2 entry and marks its slice dirty.
+    pub(crate) fn store_entry(&self, slice: &Arc<Slice>, index: usize, entry: RawL2Entry) {
+        slice.store_entry(index, entry);
+        self.mark_dirty(slice);
     }
 
     /// Puts a slice on the list of those to be written.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use crate::error::{Error, Result};
 use crate::qcow2::shadow::{Shadow, words};
-use crate::qcow2::spec::{Geometry, HostOffset, L1Entry, L2Entry};
+use crate::qcow2::spec::{HostOffset, L1Entry, L2Entry, RawL2Entry};
 use crate::runtime::Buf;
 
 /// An L1 table in memory, as big as the file says.
@@ -60,21 +60,12 @@ impl Tree {
         let geometry = sh.geometry();
         for (_, table) in self.tables(sh)? {
             let bytes = read_l2(sh, table).await?;
-            for (index, word) in (0u64..).zip(descriptors(&bytes, &geometry)) {
+            for (index, raw) in (0u64..).zip(RawL2Entry::all(&bytes, &geometry)) {
                 let at = table + (index << geometry.l2_entry_bits());
-                let entry = L2Entry::decode(word, &geometry)
+                let entry = L2Entry::decode(raw, &geometry)
                     .map_err(|bad| damaged(bad.into_error("L2 table", at), sh))?;
-                match entry {
-                    L2Entry::Unallocated | L2Entry::Zero => {}
-                    L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => {
-                        sh.adjust(host.cluster(geometry.cluster_bits), delta)
-                            .await?;
-                    }
-                    L2Entry::Compressed(range) => {
-                        for cluster in range.clusters_touched(&geometry) {
-                            sh.adjust(cluster, delta).await?;
-                        }
-                    }
+                for cluster in entry.references(&geometry).into_iter().flatten() {
+                    sh.adjust(cluster, delta).await?;
                 }
             }
             sh.adjust(table.cluster(geometry.cluster_bits), delta)
@@ -119,26 +110,21 @@ impl Tree {
 /// Corrects the flags of an L2 table; whether there was anything to correct.
 async fn correct_flags(sh: &mut Shadow<'_>, bytes: &mut [u8]) -> Result<bool> {
     let geometry = sh.geometry();
-    let stride = 1 << geometry.l2_entry_bits();
     let mut changed = false;
-    for raw in bytes.chunks_exact_mut(stride) {
-        let word = u64::from_be_bytes(raw[..8].try_into().expect("8 bytes"));
+    for bytes in bytes.chunks_exact_mut(geometry.l2_entry_bytes() as usize) {
+        let raw = RawL2Entry::read(bytes, &geometry);
         // What is damaged has been found when it was counted, or is left as
         // it is.
-        let entry = match L2Entry::decode(word, &geometry) {
-            Ok(L2Entry::Data { host, .. }) => {
-                let copied = sh.count(host).await? == 1;
-                L2Entry::Data { host, copied }
-            }
-            Ok(L2Entry::ZeroAllocated { host, .. }) => {
-                let copied = sh.count(host).await? == 1;
-                L2Entry::ZeroAllocated { host, copied }
-            }
-            _ => continue,
+        let Ok(entry) = L2Entry::decode(raw, &geometry) else {
+            continue;
         };
-        let corrected = entry.encode(&geometry);
-        if corrected != word {
-            raw[..8].copy_from_slice(&corrected.to_be_bytes());
+        let Some((host, _)) = entry.host() else {
+            continue;
+        };
+        let copied = sh.count(host).await? == 1;
+        let corrected = entry.with_copied(copied).encode(&geometry);
+        if corrected != raw {
+            corrected.write(bytes, &geometry);
             changed = true;
         }
     }
@@ -152,14 +138,6 @@ async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
         .await
         .map_err(|e| e.context("cannot read an L2 table"))?;
     Ok(bytes)
-}
-
-/// The first words of an L2 table's entries: those that name clusters. What
-/// an extended entry has besides stays as it is.
-fn descriptors<'b>(bytes: &'b [u8], geometry: &Geometry) -> impl Iterator<Item = u64> + use<'b> {
-    bytes
-        .chunks_exact(1 << geometry.l2_entry_bits())
-        .map(|raw| u64::from_be_bytes(raw[..8].try_into().expect("8 bytes")))
 }
 
 fn damaged(error: Error, sh: &Shadow<'_>) -> Error {

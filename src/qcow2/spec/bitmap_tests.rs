@@ -10,6 +10,7 @@ const GEOMETRY: Geometry = Geometry {
     refcount_order: 4,
     version: 3,
     extended_l2: false,
+    external_data: false,
 };
 
 fn bitmap(name: &str) -> Bitmap {

@@ -1,4 +1,5 @@
-//! Entries of L1 and L2 tables (qcow2 specification, "Cluster mapping").
+//! What entries of tables are made of (qcow2 specification, "Cluster mapping"),
+//! L1 entries and compressed descriptors; [`l2`](super::l2) has the rest.
 //!
 //! Entries are taken and given as native numbers; on disk they are big-endian.
 
@@ -10,13 +11,11 @@ use super::geometry::Geometry;
 use crate::error::Error;
 
 /// Bit 63: the refcount is exactly 1, so that it may be written in place.
-const COPIED: u64 = 1 << 63;
+pub(super) const COPIED: u64 = 1 << 63;
 /// Bit 62: the descriptor is one of a compressed cluster.
-const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of a standard descriptor: reads as zeros.
-const ZERO: u64 = 1;
+pub(super) const COMPRESSED: u64 = 1 << 62;
 /// Bits 9 to 55: a cluster's offset.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Offsets in tables have 56 bits.
 const OFFSET_BITS: u32 = 56;
@@ -40,6 +39,14 @@ pub enum BadEntry {
     ZeroFlagInV2,
     /// A compressed cluster marked as one that may be overwritten in place.
     CopiedCompressed,
+    /// A compressed cluster where there is an external data file.
+    CompressedExternal,
+    /// A compressed cluster with subclusters.
+    CompressedSubclusters,
+    /// Subclusters that are both allocated and zeros; which ones.
+    SubclusterBoth(u32),
+    /// Allocated subclusters of a cluster that is nowhere.
+    SubclusterNowhere,
 }
 
 impl BadEntry {
@@ -64,6 +71,16 @@ impl fmt::Display for BadEntry {
                 f.write_str("the zero flag is set, which version 2 does not have")
             }
             Self::CopiedCompressed => f.write_str("a compressed cluster has the COPIED flag"),
+            Self::CompressedExternal => {
+                f.write_str("a compressed cluster, which an external data file cannot have")
+            }
+            Self::CompressedSubclusters => f.write_str("a compressed cluster has subclusters"),
+            Self::SubclusterBoth(which) => {
+                write!(f, "subclusters {which:#x} are both allocated and zeros")
+            }
+            Self::SubclusterNowhere => {
+                f.write_str("subclusters are allocated but the cluster has no offset")
+            }
         }
     }
 }
@@ -109,111 +126,9 @@ impl L1Entry {
     }
 }
 
-/// An entry of an L2 table; of an extended one, its first 8 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L2Entry {
-    /// Nothing here: the backing file shows through, or zeros.
-    Unallocated,
-    /// Reads as zeros, whatever the backing file holds.
-    Zero,
-    /// Reads as zeros but owns a host cluster, whose content is not to be
-    /// seen.
-    ZeroAllocated {
-        /// The cluster.
-        host: HostOffset,
-        /// Its refcount is exactly 1. Meaningful under the active table only.
-        copied: bool,
-    },
-    /// An ordinary cluster.
-    Data {
-        /// The cluster.
-        host: HostOffset,
-        /// Its refcount is exactly 1. Meaningful under the active table only.
-        copied: bool,
-    },
-    /// A compressed cluster.
-    Compressed(CompressedRange),
-}
-
-impl L2Entry {
-    /// Takes an entry of an image without external data file apart.
-    ///
-    /// In an extended table bit 0 is reserved: zeros are told by the bitmap in
-    /// the second half of the entry.
-    #[inline]
-    pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, BadEntry> {
-        if raw == 0 {
-            return Ok(Self::Unallocated);
-        }
-        if raw & COMPRESSED != 0 {
-            return CompressedRange::decode(raw, geometry).map(Self::Compressed);
-        }
-        let zero = zero_flag(raw, geometry)?;
-        if zero && raw == ZERO {
-            return Ok(Self::Zero);
-        }
-        let host = cluster_at(raw, geometry)?;
-        let copied = raw & COPIED != 0;
-        Ok(if zero {
-            Self::ZeroAllocated { host, copied }
-        } else {
-            Self::Data { host, copied }
-        })
-    }
-
-    /// Takes an entry of an image with an external data file apart. There
-    /// offset 0 is as good as any, and bit 63 tells whether it is one.
-    #[inline]
-    pub fn decode_external(raw: u64, geometry: &Geometry) -> Result<Self, BadEntry> {
-        if raw & (COMPRESSED | COPIED | OFFSET) != COPIED {
-            return Self::decode(raw, geometry);
-        }
-        let (host, copied) = (HostOffset(0), true);
-        Ok(if zero_flag(raw, geometry)? {
-            Self::ZeroAllocated { host, copied }
-        } else {
-            Self::Data { host, copied }
-        })
-    }
-
-    /// The number to be stored, big-endian, on disk.
-    #[inline]
-    pub fn encode(self, geometry: &Geometry) -> u64 {
-        debug_assert!(
-            geometry.version >= 3 && !geometry.extended_l2
-                || !matches!(self, Self::Zero | Self::ZeroAllocated { .. }),
-            "there is no zero flag in this image"
-        );
-        match self {
-            Self::Unallocated => 0,
-            Self::Zero => ZERO,
-            Self::ZeroAllocated { host, copied } => ZERO | plain(host, copied, geometry),
-            Self::Data { host, copied } => plain(host, copied, geometry),
-            Self::Compressed(range) => range.encode(geometry),
-        }
-    }
-}
-
-/// The zero flag of a standard descriptor, all of whose flags are checked.
-#[inline]
-fn zero_flag(raw: u64, geometry: &Geometry) -> Result<bool, BadEntry> {
-    let reserved = raw & !(COPIED | OFFSET | ZERO);
-    if reserved != 0 {
-        return Err(BadEntry::ReservedBits(reserved));
-    }
-    let zero = raw & ZERO != 0;
-    if zero && geometry.version < 3 {
-        return Err(BadEntry::ZeroFlagInV2);
-    }
-    if zero && geometry.extended_l2 {
-        return Err(BadEntry::ReservedBits(ZERO));
-    }
-    Ok(zero)
-}
-
 /// The cluster that bits 9 to 55 name; never the first one.
 #[inline]
-fn cluster_at(raw: u64, geometry: &Geometry) -> Result<HostOffset, BadEntry> {
+pub(super) fn cluster_at(raw: u64, geometry: &Geometry) -> Result<HostOffset, BadEntry> {
     let offset = HostOffset(raw & OFFSET);
     if !offset.is_aligned(geometry.cluster_bits) {
         return Err(BadEntry::Misaligned(offset));
@@ -225,7 +140,7 @@ fn cluster_at(raw: u64, geometry: &Geometry) -> Result<HostOffset, BadEntry> {
 }
 
 #[inline]
-fn plain(offset: HostOffset, copied: bool, geometry: &Geometry) -> u64 {
+pub(super) fn plain(offset: HostOffset, copied: bool, geometry: &Geometry) -> u64 {
     debug_assert!(offset.is_aligned(geometry.cluster_bits) && offset.0 < 1 << OFFSET_BITS);
     offset.0 | if copied { COPIED } else { 0 }
 }
@@ -266,7 +181,7 @@ impl CompressedRange {
     /// Takes a descriptor apart: from bit x = 62 - (cluster_bits - 8) on the
     /// number of sectors after the first, below it the offset.
     #[inline]
-    fn decode(raw: u64, geometry: &Geometry) -> Result<Self, BadEntry> {
+    pub(super) fn decode(raw: u64, geometry: &Geometry) -> Result<Self, BadEntry> {
         if raw & COPIED != 0 {
             return Err(BadEntry::CopiedCompressed);
         }
@@ -286,7 +201,7 @@ impl CompressedRange {
     }
 
     #[inline]
-    fn encode(self, geometry: &Geometry) -> u64 {
+    pub(super) fn encode(self, geometry: &Geometry) -> u64 {
         COMPRESSED | self.additional_sectors() << shift(geometry) | self.offset.0
     }
 

@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 
+use super::super::l2::{L2Entry, RawL2Entry, ZERO};
+use super::super::subcluster::Subclusters;
 use super::*;
 
 const V3: Geometry = Geometry {
@@ -9,10 +11,15 @@ const V3: Geometry = Geometry {
     refcount_order: 4,
     version: 3,
     extended_l2: false,
+    external_data: false,
 };
 const V2: Geometry = Geometry { version: 2, ..V3 };
 const EXTENDED: Geometry = Geometry {
     extended_l2: true,
+    ..V3
+};
+const EXTERNAL: Geometry = Geometry {
+    external_data: true,
     ..V3
 };
 
@@ -53,11 +60,6 @@ fn l2_entries() {
         (1, EXTENDED, Err(BadEntry::ReservedBits(1))),
         (COPIED | 0x5_0000, V2, Ok(L2Entry::Data { host, copied })),
         (
-            COPIED | 0x5_0000,
-            EXTENDED,
-            Ok(L2Entry::Data { host, copied }),
-        ),
-        (
             0x5_0000,
             V3,
             Ok(L2Entry::Data {
@@ -97,7 +99,7 @@ fn l2_entries() {
 fn offset_zero_is_data_only_in_an_external_file() {
     let host = HostOffset(0);
     let copied = true;
-    let decode = |raw| L2Entry::decode_external(raw, &V3);
+    let decode = |raw: u64| L2Entry::decode(raw, &EXTERNAL);
     assert_eq!(decode(COPIED), Ok(L2Entry::Data { host, copied }));
     assert_eq!(
         decode(COPIED | 1),
@@ -106,6 +108,67 @@ fn offset_zero_is_data_only_in_an_external_file() {
     assert_eq!(decode(COPIED | 2), Err(BadEntry::ReservedBits(2)));
     assert_eq!(decode(0), Ok(L2Entry::Unallocated));
     assert_eq!(decode(1), Ok(L2Entry::Zero));
+    assert_eq!(
+        decode(COMPRESSED | 0x5_0000),
+        Err(BadEntry::CompressedExternal)
+    );
+    let data = decode(COPIED | 0x5_0000).unwrap();
+    assert_eq!(data.references(&EXTERNAL), None, "not counted in the image");
+    assert_eq!(data.references(&V3), Some(5..=5));
+}
+
+/// The bitmap of an extended entry: every kind of entry and every breach.
+#[test]
+fn extended_entries() {
+    let host = HostOffset(0x5_0000);
+    let at = COPIED | 0x5_0000;
+    let raw = |descriptor, bitmap| RawL2Entry { descriptor, bitmap };
+    let mixed = |host, bitmap| {
+        Ok(L2Entry::Mixed {
+            host,
+            copied: host.is_some(),
+            subclusters: Subclusters::decode(bitmap).unwrap(),
+        })
+    };
+    let (data, zeros) = (0xffff_ffff, 0xffff_ffff << 32);
+    let copied = true;
+    let cases = [
+        (raw(0, 0), Ok(L2Entry::Unallocated)),
+        (raw(0, zeros), Ok(L2Entry::Zero)),
+        (raw(at, zeros), Ok(L2Entry::ZeroAllocated { host, copied })),
+        (raw(at, data), Ok(L2Entry::Data { host, copied })),
+        (raw(at, 0), mixed(Some(host), 0)),
+        (raw(at, 0x5_0000_0002), mixed(Some(host), 0x5_0000_0002)),
+        (raw(0, 0x5_0000_0000), mixed(None, 0x5_0000_0000)),
+        (raw(0, 2), Err(BadEntry::SubclusterNowhere)),
+        (raw(at, 0x6_0000_0003), Err(BadEntry::SubclusterBoth(2))),
+        (raw(at | 1, data), Err(BadEntry::ReservedBits(1))),
+        (raw(1, zeros), Err(BadEntry::ReservedBits(1))),
+        (
+            raw(COMPRESSED | 0x5_0000, 1),
+            Err(BadEntry::CompressedSubclusters),
+        ),
+        (raw(COPIED, data), Err(BadEntry::InHeader)),
+    ];
+    for (raw, expected) in cases {
+        let entry = L2Entry::decode(raw, &EXTENDED);
+        assert_eq!(entry, expected, "{raw:x?}");
+        if let Ok(entry) = entry {
+            assert_eq!(entry.encode(&EXTENDED), raw);
+            let mut bytes = [0xee; 17];
+            raw.write(&mut bytes, &EXTENDED);
+            assert_eq!(RawL2Entry::read(&bytes, &EXTENDED), raw);
+            assert_eq!(bytes[16], 0xee);
+            assert_eq!(entry.with_copied(true), entry);
+            let shared = entry.with_copied(false);
+            assert_eq!(shared.subclusters(), entry.subclusters());
+            assert!(shared.host().is_none_or(|(_, copied)| !copied));
+        }
+    }
+    assert!(matches!(
+        L2Entry::decode(raw(COMPRESSED | 0x5_0000, 0), &EXTENDED),
+        Ok(L2Entry::Compressed(_))
+    ));
 }
 
 #[test]
@@ -118,7 +181,7 @@ fn compressed_descriptor() {
     assert_eq!(range.offset, HostOffset(0x5_0010));
     assert_eq!(range.max_len, 1024 - 16);
     assert_eq!(range.clusters_touched(&V3), 5..=5);
-    assert_eq!(L2Entry::Compressed(range).encode(&V3), raw);
+    assert_eq!(L2Entry::Compressed(range).encode(&V3), raw.into());
 
     // 512-byte clusters: x = 61, so that the offset could have 61 bits.
     let tiny = Geometry {
@@ -162,12 +225,13 @@ fn geometries() -> impl Strategy<Value = Geometry> {
         refcount_order: 4,
         version,
         extended_l2: extended && version == 3 && cluster_bits >= 14,
+        external_data: false,
     })
 }
 
 proptest! {
     #[test]
-    fn what_decodes_encodes_back(raw: u64, geometry in geometries()) {
+    fn what_decodes_encodes_back(raw: u64, bitmap: u64, geometry in geometries()) {
         // Random numbers are mostly refused: also try them made plausible.
         let aligned = raw & OFFSET >> geometry.cluster_bits << geometry.cluster_bits;
         let plausible = [
@@ -182,7 +246,10 @@ proptest! {
             if let Ok(entry) = L1Entry::decode(raw, &geometry) {
                 prop_assert_eq!(entry.encode(&geometry), raw);
             }
-            for entry in [L2Entry::decode(raw, &geometry), L2Entry::decode_external(raw, &geometry)].into_iter().flatten() {
+            let external = Geometry { external_data: true, ..geometry };
+            let bitmap = if geometry.extended_l2 { bitmap & !(bitmap << 32) } else { 0 };
+            for (raw, geometry) in [(RawL2Entry { descriptor: raw, bitmap }, geometry), (raw.into(), geometry), (raw.into(), external)] {
+                let Ok(entry) = L2Entry::decode(raw, &geometry) else { continue };
                 prop_assert_eq!(entry.encode(&geometry), raw);
                 if let L2Entry::Compressed(range) = entry {
                     let end = range.offset.0 + range.max_len;

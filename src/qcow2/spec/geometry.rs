@@ -1,6 +1,9 @@
 //! The handful of numbers that decide how every table of an image is read.
 
+use std::ops::Range;
+
 use super::addr::GuestOffset;
+use super::subcluster::mask;
 
 /// Smallest cluster: 512 bytes.
 pub const MIN_CLUSTER_BITS: u32 = 9;
@@ -28,6 +31,9 @@ pub struct Geometry {
     pub version: u8,
     /// L2 entries are 16 bytes long and cover 32 subclusters each.
     pub extended_l2: bool,
+    /// Guest data is in another file, where every offset is as good as any:
+    /// also 0.
+    pub external_data: bool,
 }
 
 impl Geometry {
@@ -41,6 +47,23 @@ impl Geometry {
     #[inline]
     pub fn l2_entry_bits(&self) -> u32 {
         3 + u32::from(self.extended_l2)
+    }
+
+    /// Bytes of an L2 entry: 8, or 16 when extended.
+    #[inline]
+    pub fn l2_entry_bytes(&self) -> u64 {
+        1 << self.l2_entry_bits()
+    }
+
+    /// log2 of the bytes that are mapped apart from others: a 32nd of a
+    /// cluster with extended L2 entries, else a cluster.
+    #[inline]
+    pub fn subcluster_bits(&self) -> u32 {
+        if self.extended_l2 {
+            self.cluster_bits - 5
+        } else {
+            self.cluster_bits
+        }
     }
 
     /// log2 of the entries of an L2 table.
@@ -111,6 +134,27 @@ impl Geometry {
         u64::try_from(span).map_or(1 << 63, |span| span.min(1 << 63)) - 512
     }
 
+    /// The mask of the subclusters that the bytes of `range` touch, in the
+    /// cluster that begins at byte `start`.
+    pub fn subclusters_touched(&self, start: u64, range: &Range<u64>) -> u32 {
+        let clip = |at: u64| at.saturating_sub(start).min(self.cluster_size());
+        let (first, end) = (clip(range.start), clip(range.end));
+        if first >= end {
+            return 0;
+        }
+        let bits = self.subcluster_bits();
+        mask((first >> bits) as u32..end.div_ceil(1 << bits) as u32)
+    }
+
+    /// The mask of those subclusters that `range` holds wholly.
+    pub fn subclusters_inside(&self, start: u64, range: &Range<u64>) -> u32 {
+        let clip = |at: u64| at.saturating_sub(start).min(self.cluster_size());
+        let bits = self.subcluster_bits();
+        let first = clip(range.start).div_ceil(1 << bits) as u32;
+        let end = (clip(range.end) >> bits) as u32;
+        if first >= end { 0 } else { mask(first..end) }
+    }
+
     /// Width of a refcount in bits.
     #[inline]
     pub fn refcount_bits(&self) -> u32 {
@@ -151,6 +195,7 @@ mod tests {
         refcount_order: 4,
         version: 3,
         extended_l2: false,
+        external_data: false,
     };
 
     #[test]
@@ -170,6 +215,30 @@ mod tests {
     }
 
     #[test]
+    fn subclusters_of_a_range() {
+        // 64 KiB clusters: subclusters of 2 KiB.
+        let g = Geometry {
+            extended_l2: true,
+            ..DEFAULT
+        };
+        assert_eq!(g.subcluster_bits(), 11);
+        assert_eq!(DEFAULT.subcluster_bits(), 16);
+        let both = |start, range: Range<u64>| {
+            (
+                g.subclusters_touched(start, &range),
+                g.subclusters_inside(start, &range),
+            )
+        };
+        assert_eq!(both(0, 0..65536), (u32::MAX, u32::MAX));
+        assert_eq!(both(0, 2047..4097), (0b111, 0b010));
+        assert_eq!(both(0, 100..200), (1, 0));
+        assert_eq!(both(65536, 2048..65536), (0, 0));
+        assert_eq!(both(65536, 0..65537), (1, 0));
+        assert_eq!(both(65536, 63488..1 << 20), (u32::MAX, u32::MAX));
+        assert_eq!(both(65536, 131_071..131_072), (1 << 31, 0));
+    }
+
+    #[test]
     fn extremes_do_not_overflow() {
         for cluster_bits in MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS {
             for refcount_order in 0..=MAX_REFCOUNT_ORDER {
@@ -179,6 +248,7 @@ mod tests {
                         refcount_order,
                         version: 3,
                         extended_l2,
+                        external_data: false,
                     };
                     assert!(
                         g.refcounts_per_block() * u64::from(g.refcount_bits())

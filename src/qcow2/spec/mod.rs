@@ -11,13 +11,17 @@ mod bytes;
 pub mod entry;
 pub mod geometry;
 pub mod header;
+pub mod l2;
 pub mod luks;
 pub mod refcount;
 pub mod snapshot;
+pub mod subcluster;
 
 pub use crate::codec::CompressionType;
 pub use addr::{GuestOffset, HostOffset};
-pub use entry::{BadEntry, CompressedRange, L1Entry, L2Entry};
+pub use entry::{BadEntry, CompressedRange, L1Entry};
 pub use geometry::Geometry;
 pub use header::Header;
+pub use l2::{L2Entry, RawL2Entry};
 pub use refcount::ReftableEntry;
+pub use subcluster::{Subcluster, Subclusters};

@@ -212,7 +212,7 @@ mod tests {
 
         #[test]
         fn reftable_entries(raw: u64, bits in 9u32..=21) {
-            let geometry = Geometry { cluster_bits: bits, refcount_order: 4, version: 3, extended_l2: false };
+            let geometry = Geometry { cluster_bits: bits, refcount_order: 4, version: 3, extended_l2: false, external_data: false };
             for raw in [raw, raw >> 8 >> bits << bits] {
                 if let Ok(entry) = ReftableEntry::decode(raw, &geometry) {
                     prop_assert_eq!(entry.encode(), raw);

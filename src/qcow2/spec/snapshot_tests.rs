@@ -9,6 +9,7 @@ const GEOMETRY: Geometry = Geometry {
     refcount_order: 4,
     version: 3,
     extended_l2: false,
+    external_data: false,
 };
 const AT: HostOffset = HostOffset(0x7_0000);
 

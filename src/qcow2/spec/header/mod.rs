@@ -105,6 +105,7 @@ impl Header {
             refcount_order: self.refcount_order,
             version: self.version,
             extended_l2: self.incompatible.contains(Incompatible::EXTENDED_L2),
+            external_data: self.incompatible.contains(Incompatible::DATA_FILE),
         }
     }
 
@@ -203,7 +204,7 @@ impl Header {
     /// Features of the image that are in order but that this program cannot
     /// serve yet, each named. This is the one place that says so.
     pub fn unsupported(&self) -> Vec<String> {
-        let bits = self.incompatible & (Incompatible::DATA_FILE | Incompatible::EXTENDED_L2);
+        let bits = self.incompatible & Incompatible::DATA_FILE;
         let mut names = features::incompatible_names(bits, self.feature_names());
         match self.crypt_method {
             CryptMethod::None => {}

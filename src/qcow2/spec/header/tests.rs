@@ -406,7 +406,7 @@ fn what_is_not_supported_yet_is_named() {
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert_eq!(
         error.to_string(),
-        "Unsupported qcow2 feature(s): external data file, extended L2 entries, LUKS encryption"
+        "Unsupported qcow2 feature(s): external data file, LUKS encryption"
     );
 }
 
