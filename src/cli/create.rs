@@ -123,7 +123,7 @@ fn plan(args: &Args) -> Result<Plan> {
 
 /// `NAME=VALUE,NAME=VALUE`; a comma in a value is doubled, and a name alone
 /// is switched on, as in QEMU's options.
-fn split(text: &str) -> Vec<(String, String)> {
+pub(super) fn split(text: &str) -> Vec<(String, String)> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -144,7 +144,7 @@ fn split(text: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-fn switch(name: &str, value: &str) -> Result<bool> {
+pub(super) fn switch(name: &str, value: &str) -> Result<bool> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),

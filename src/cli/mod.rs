@@ -4,6 +4,7 @@
 //! Standard output carries data and nothing else; see [`output`].
 
 mod add;
+mod amend;
 mod bench;
 mod check;
 mod create;
@@ -56,6 +57,7 @@ enum Verb {
     Map(map::Args),
     Create(create::Args),
     Snapshot(snapshot::Args),
+    Amend(amend::Args),
     Io(io::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
@@ -89,6 +91,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Map(args) => map::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::Create(args) => create::run(&args),
+        Verb::Amend(args) => amend::run(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -3,6 +3,7 @@
 //! needs from elsewhere, the engine fetches.
 
 mod alloc;
+pub mod amend;
 pub mod check;
 mod compressed;
 pub mod create;

@@ -222,6 +222,65 @@ impl Counts {
         Ok(())
     }
 
+    /// The same counts in another width, none of it in the file; and the blocks
+    /// in the file, which are still counted as in use.
+    pub(super) async fn widened(
+        &mut self,
+        storage: &Storage,
+        order: u32,
+    ) -> Result<(Self, Vec<HostOffset>)> {
+        let per_block = self.per_block();
+        let geometry = Geometry {
+            refcount_order: order,
+            ..self.geometry
+        };
+        let mut wide = Self::new(geometry, Vec::new(), self.table_offset);
+        wide.named = std::mem::take(&mut self.named);
+        wide.freed = std::mem::take(&mut self.freed);
+        let mut old = Vec::new();
+        let indices: Vec<u64> = (0..self.table.len() as u64)
+            .chain(self.blocks.keys().copied())
+            .collect();
+        for index in indices {
+            if !self.blocks.contains_key(&index) && self.entry(index)?.is_none() {
+                continue;
+            }
+            self.block(storage, index).await?;
+            let block = self.blocks.remove(&index).expect("just loaded");
+            old.extend(block.old);
+            for within in 0..per_block {
+                let narrow = self.geometry.refcount_order;
+                let count = refcount::get(&block.bytes, narrow, within as usize);
+                if count > 0 {
+                    wide.put(storage, index * per_block + within, count).await?;
+                }
+            }
+            // Its entry is not to be read again.
+            if let Some(entry) = self.table.get_mut(index as usize) {
+                *entry = 0;
+            }
+        }
+        Ok((wide, old))
+    }
+
+    async fn put(&mut self, storage: &Storage, cluster: u64, count: u64) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        if count > refcount::max(order) {
+            let at = cluster << self.geometry.cluster_bits;
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("a refcount of {count} does not fit in {} bits", 1 << order),
+            )
+            .at(at)
+            .cure("choose wider refcounts, or delete snapshots"));
+        }
+        let (index, within) = (cluster / self.per_block(), cluster % self.per_block());
+        let block = self.block(storage, index).await?;
+        refcount::set(&mut block.bytes, order, within as usize, count);
+        block.changed = true;
+        Ok(())
+    }
+
     /// The clusters that will be free, as runs: first and how many.
     pub(super) fn freed_runs(&self) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();

@@ -7,8 +7,9 @@
 //! new tables, refcount blocks and refcount table, all in free clusters `|`
 //! the header's first sector `|` freed clusters are punched out.
 //!
-//! Size, L1 table, refcount table, snapshot table and autoclear bits are
-//! neighbours in the header, between bytes 24 and 96, and are written at once.
+//! Size, L1 table, refcount table, snapshot table, autoclear bits and width of
+//! refcounts are neighbours in the header, between bytes 24 and 100, and are
+//! written at once.
 //! A power cut leaves the old state wholly, whose refcounts know nothing of
 //! the new tables, or the new state wholly: neither of them leaks, and no
 //! COPIED flag ever contradicts a refcount.
@@ -19,6 +20,7 @@
 //! of its metadata newer in memory than in the file, no cluster reserved.
 
 mod counts;
+mod tree;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::spec::header::{Autoclear, SIZE_AT};
@@ -27,6 +29,7 @@ use crate::runtime::Buf;
 use crate::storage::Storage;
 
 use counts::Counts;
+pub(crate) use tree::{Tree, damaged, read_l2};
 
 /// A new state of an image under construction.
 pub(crate) struct Shadow<'a> {
@@ -101,6 +104,20 @@ impl<'a> Shadow<'a> {
             .adjust(self.storage, cluster, delta)
             .await
             .map_err(|e| e.path(self.storage.path()))
+    }
+
+    /// Counts everything in refcounts of another width from here on. Counts
+    /// that do not fit are refused.
+    pub(crate) async fn widen(&mut self, order: u32) -> Result<()> {
+        let storage = self.storage;
+        let (wide, old) = self.counts.widened(storage, order).await?;
+        self.counts = wide;
+        self.header.refcount_order = order;
+        let bits = self.geometry().cluster_bits;
+        for block in old {
+            self.adjust(block.cluster(bits), -1).await?;
+        }
+        Ok(())
     }
 
     /// Takes one reference from each cluster of a table of `len` bytes.
@@ -236,6 +253,17 @@ impl Ready {
         self.header.switch_update()
     }
 
+    /// As [`Self::publish`], where more than size and tables changes: the
+    /// whole header, which has to fit into a sector.
+    pub(crate) async fn publish_header(&self, storage: &Storage) -> Result<()> {
+        let bytes = one_sector(&self.header).map_err(|e| e.path(storage.path()))?;
+        storage
+            .write(0, &bytes)
+            .await
+            .map_err(|e| e.context("cannot write the image header"))?;
+        storage.sync().await
+    }
+
     /// Makes this state the valid one, durably, in a file that nobody else has
     /// open.
     pub(crate) async fn publish(&self, storage: &Storage) -> Result<()> {
@@ -255,6 +283,26 @@ impl Ready {
             let _ = storage.punch(first << bits, count << bits).await;
         }
     }
+}
+
+/// The header as it can be written at once.
+pub(crate) fn one_sector(header: &Header) -> Result<Vec<u8>> {
+    const SECTOR: usize = 512;
+    let mut bytes = header.encode()?;
+    if bytes.len() > SECTOR {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the new header would take {} bytes, and only a sector of {SECTOR} can be \
+                 replaced without risk",
+                bytes.len()
+            ),
+        )
+        .cure("give the backing file a shorter name, or convert the image"));
+    }
+    // What follows the header means nothing.
+    bytes.resize(SECTOR, 0);
+    Ok(bytes)
 }
 
 /// Big-endian words.

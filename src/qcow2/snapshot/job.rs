@@ -3,10 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::table::{self, Selector};
-use super::walk::Tree;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::open::{read_header, refuse_damaged};
-use crate::qcow2::shadow::{Ready, Shadow};
+use crate::qcow2::shadow::{Ready, Shadow, Tree};
 use crate::qcow2::spec::header::Incompatible;
 use crate::qcow2::spec::snapshot::Snapshot;
 use crate::qcow2::spec::{Header, HostOffset};
@@ -228,7 +227,7 @@ impl Work<'_> {
 }
 
 /// With an external data file, clusters are not counted, and cannot be shared.
-fn refuse_external(header: &Header) -> Result<()> {
+pub(crate) fn refuse_external(header: &Header) -> Result<()> {
     if header.incompatible.contains(Incompatible::DATA_FILE) {
         return Err(Error::new(
             ErrorKind::Unsupported,

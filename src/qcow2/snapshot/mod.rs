@@ -24,8 +24,8 @@
 mod job;
 mod live;
 mod table;
-mod walk;
 
+pub(crate) use job::refuse_external;
 pub use job::{NewSnapshot, SnapshotJob};
 pub use table::Selector;
-pub(crate) use table::read as read_table;
+pub(crate) use table::{encode as encode_table, read as read_table};

@@ -134,7 +134,7 @@ pub(crate) async fn read(storage: &Storage, header: &Header) -> Result<(Vec<Snap
 }
 
 /// The table of `snapshots`, as bytes.
-pub(super) fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
+pub(crate) fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
     let full = |what: &str| {
         Error::new(ErrorKind::Unsupported, what).cure("delete snapshots that are not needed")
     };

@@ -140,15 +140,15 @@ impl Header {
         )
     }
 
-    /// The bytes at [`SIZE_AT`](super::SIZE_AT) that change size, tables and
-    /// feature bits at once: they are neighbours, inside one sector.
+    /// The bytes at [`SIZE_AT`](super::SIZE_AT) that change size, tables, feature
+    /// bits and the width of refcounts at once: they are neighbours, inside one sector.
     pub fn switch_update(&self) -> Vec<u8> {
         let raw = self.raw(0, 0, self.header_length());
         let end = if self.version < 3 {
             V2_LEN
         } else {
-            // Up to the autoclear bits.
-            super::AUTOCLEAR_AT.0 as usize + 8
+            // Up to the autoclear bits and the width of refcounts.
+            super::AUTOCLEAR_AT.0 as usize + 8 + 4
         };
         raw.as_bytes()[super::SIZE_AT.0 as usize..end].to_vec()
     }

@@ -3,22 +3,22 @@
 
 use std::collections::HashSet;
 
+use super::{Shadow, words};
 use crate::error::{Error, Result};
-use crate::qcow2::shadow::{Shadow, words};
 use crate::qcow2::spec::{HostOffset, L1Entry, L2Entry, RawL2Entry};
 use crate::runtime::Buf;
 
 /// An L1 table in memory, as big as the file says.
 #[derive(Clone, Debug)]
-pub(super) struct Tree {
-    pub(super) l1: Vec<u64>,
+pub(crate) struct Tree {
+    pub(crate) l1: Vec<u64>,
     /// Where it came from, for messages.
     offset: HostOffset,
 }
 
 impl Tree {
     /// Reads the L1 table with `entries` entries at `offset`.
-    pub(super) async fn read(sh: &Shadow<'_>, offset: HostOffset, entries: u32) -> Result<Self> {
+    pub(crate) async fn read(sh: &Shadow<'_>, offset: HostOffset, entries: u32) -> Result<Self> {
         let mut bytes = Buf::take(entries as usize * 8);
         sh.storage()
             .read(offset.0, &mut bytes)
@@ -31,7 +31,7 @@ impl Tree {
     /// The L2 tables: index in the L1 table and place. Each occurs once: a
     /// table that occurs twice would map two parts of a disk to the same
     /// clusters.
-    fn tables(&self, sh: &Shadow<'_>) -> Result<Vec<(usize, HostOffset)>> {
+    pub(crate) fn tables(&self, sh: &Shadow<'_>) -> Result<Vec<(usize, HostOffset)>> {
         let mut tables = Vec::new();
         let mut seen = HashSet::new();
         for (index, &raw) in self.l1.iter().enumerate() {
@@ -56,7 +56,7 @@ impl Tree {
 
     /// Adds `delta` to the count of everything the table refers to: L2 tables
     /// and what they map. Not of the L1 table itself.
-    pub(super) async fn adjust(&self, sh: &mut Shadow<'_>, delta: i64) -> Result<()> {
+    pub(crate) async fn adjust(&self, sh: &mut Shadow<'_>, delta: i64) -> Result<()> {
         let geometry = sh.geometry();
         for (_, table) in self.tables(sh)? {
             let bytes = read_l2(sh, table).await?;
@@ -77,7 +77,7 @@ impl Tree {
     /// Brings the COPIED flags in line with the counts. An L2 table whose
     /// flags change is replaced by a copy. `shared` L1 tables are to be the
     /// same as this one, counting it.
-    pub(super) async fn set_copied(&mut self, sh: &mut Shadow<'_>, shared: i64) -> Result<()> {
+    pub(crate) async fn set_copied(&mut self, sh: &mut Shadow<'_>, shared: i64) -> Result<()> {
         let geometry = sh.geometry();
         for (index, mut table) in self.tables(sh)? {
             let mut bytes = read_l2(sh, table).await?;
@@ -101,7 +101,7 @@ impl Tree {
     }
 
     /// The table as it is in the file.
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let bytes = self.l1.iter().flat_map(|entry| entry.to_be_bytes());
         bytes.collect()
     }
@@ -131,7 +131,7 @@ async fn correct_flags(sh: &mut Shadow<'_>, bytes: &mut [u8]) -> Result<bool> {
     Ok(changed)
 }
 
-async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
+pub(crate) async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
     let mut bytes = Buf::take(sh.geometry().l2_table_bytes() as usize);
     sh.storage()
         .read(table.0, &mut bytes)
@@ -140,7 +140,7 @@ async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
     Ok(bytes)
 }
 
-fn damaged(error: Error, sh: &Shadow<'_>) -> Error {
+pub(crate) fn damaged(error: Error, sh: &Shadow<'_>) -> Error {
     error
         .path(sh.storage().path())
         .cure("run `qemu-img check -r all` on a copy of the image")
