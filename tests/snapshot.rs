@@ -5,6 +5,10 @@ mod common;
 
 #[path = "snapshot/cuts.rs"]
 mod cuts;
+#[path = "snapshot/entries.rs"]
+mod entries;
+#[path = "snapshot/features.rs"]
+mod features;
 #[path = "snapshot/hostile.rs"]
 mod hostile;
 #[path = "snapshot/model.rs"]

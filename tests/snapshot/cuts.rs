@@ -87,7 +87,7 @@ fn a_power_cut_leaves_the_old_state_or_the_new() {
             let history = disk.history();
             let last = history.records.len();
             let mut seen = [0, 0];
-            for crash in crash_images(&history, seed, 3) {
+            for crash in crash_images(&history, seed, 2) {
                 let shown = Shown::of(&crash.images[0]);
                 assert!(
                     shown == before || shown == after,

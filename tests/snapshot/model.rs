@@ -248,7 +248,7 @@ fn every_snapshot_keeps_its_content() {
         for bits in ["2", "8", "16", "64"] {
             let options = format!("cluster_size={cluster},refcount_bits={bits}");
             let image = lab::created(&options, sizes << 10);
-            let done = run(image, &[], seed, 120, seed % 3 != 0);
+            let done = run(image, &[], seed, 90, seed % 3 != 0);
             for (sum, n) in all.iter_mut().zip(done) {
                 *sum += n;
             }
@@ -262,24 +262,24 @@ fn every_snapshot_keeps_its_content() {
 
 #[test]
 fn version_2_keeps_them_too() {
-    for seed in 50..53 {
+    for seed in 50..52 {
         let image = lab::created("compat=0.10,cluster_size=4096", 700 << 10);
         let below = if seed == 50 {
             Vec::new()
         } else {
             half_random(500 << 10, seed)
         };
-        run(image, &below, seed, 120, true);
+        run(image, &below, seed, 80, true);
     }
 }
 
 #[test]
 fn over_a_backing_file() {
-    for seed in 60..63 {
+    for seed in 60..62 {
         let image = lab::created("cluster_size=4096", 700 << 10);
         // Its end is not the end of a cluster.
         let below = half_random((500 << 10) + 1536, seed);
-        run(image, &below, seed, 120, true);
+        run(image, &below, seed, 80, true);
     }
 }
 
@@ -293,6 +293,6 @@ fn compressed_clusters_are_counted_in_every_cluster_they_touch() {
         let options = format!("cluster_size={cluster},compression_type={kind}");
         let content = half_random(600 << 10, seed);
         let image = lab::converted(&content, &["-c", "-o", &options]);
-        run(image, &[], seed, 120, true);
+        run(image, &[], seed, 80, true);
     }
 }

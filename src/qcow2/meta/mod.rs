@@ -8,6 +8,7 @@
 //! | new L2 table | its zeros or its copy, refcount `|` L1 entry, L2 entries `|` |
 //! | map a compressed cluster | data, refcounts of the clusters it touches `|` L2 entry `|` |
 //! | new refcount block | the block `|` reftable entry `|` (then as above) |
+//! | snapshot, version, refcount width | all new tables beside the old ones `|` one sector of the header; see [`shadow`](super::shadow) |
 //! | unmap a cluster | L2 entry `|` refcount decrement, punch; only then reusable |
 //!
 //! So whatever subset of the writes between two syncs survives a power cut, a
