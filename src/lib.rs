@@ -87,6 +87,7 @@ pub mod chain;
 pub mod cli;
 pub mod codec;
 pub mod config;
+pub mod convert;
 pub mod daemon;
 mod disk;
 pub mod engine;

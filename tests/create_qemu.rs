@@ -9,7 +9,7 @@ use std::path::Path;
 
 use common::{Reader, half_random, qemu_img, qemu_io, run};
 use qcow2_ublk::codec::{self, CompressionType};
-use qcow2_ublk::qcow2::create::{Backing, CreateOptions, NewImage};
+use qcow2_ublk::qcow2::create::{Backing, CreateOptions, NewImage, Preallocation};
 use qcow2_ublk::qcow2::spec::{CompressedRange, HostOffset, L1Entry, L2Entry, refcount};
 
 fn write(image: &NewImage, path: &Path) {
@@ -118,6 +118,8 @@ fn the_same_bytes_as_qemu_img() {
             },
             extended_l2: false,
             lazy_refcounts: lazy,
+            preallocation: Preallocation::Off,
+            nocow: false,
             backing: backed.then(|| backing.clone()),
         };
         write(&options.build().unwrap(), &ours);

@@ -15,6 +15,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "qcow2", "runtime"]),
     ("offline", &["disk", "qcow2", "storage"]),
+    (
+        "convert",
+        &[
+            "disk", "engine", "chain", "qcow2", "codec", "storage", "runtime",
+        ],
+    ),
     ("report", &["disk", "chain", "qcow2", "storage"]),
     ("config", &["ublk", "engine", "chain", "qcow2", "storage"]),
     (

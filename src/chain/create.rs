@@ -4,12 +4,12 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Layer;
 use super::name::resolve;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::create::{CreateOptions, NewImage};
+use crate::qcow2::create::{CreateOptions, NewImage, Preallocation};
 use crate::qcow2::{Image, ImageOptions};
 use crate::storage::{OpenOptions, Storage};
 
@@ -35,6 +35,12 @@ pub async fn backing_size(name: &OsStr, format: &str, inside: &Path) -> Result<u
     Ok(layer.size())
 }
 
+/// Where the file is that the image `inside` is to have as its backing file,
+/// under the name that will be recorded.
+pub fn backing_path(name: &OsStr, inside: &Path) -> Result<PathBuf> {
+    resolve(name, inside)
+}
+
 /// Makes an image. A file of that name loses its content, but is not touched
 /// while somebody else has it open as an image, or when it is the new image's
 /// own backing file.
@@ -45,12 +51,28 @@ pub async fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     }
     let existed = fs::symlink_metadata(path).is_ok();
     let storage = Storage::create(path)?;
-    let made = write(&storage, &image).await;
+    let made = make(storage, &image, options).await;
     if made.is_err() && !existed {
         // Nothing of a failed attempt stays. The first error tells more.
         let _ = fs::remove_file(path);
     }
     made.map_err(|e| e.path(path))
+}
+
+/// The image, and the space it is to have at once. An interruption of the
+/// latter leaves a whole image with less space, or with leaks.
+async fn make(storage: Storage, image: &NewImage, options: &CreateOptions) -> Result<()> {
+    if options.nocow && !storage.is_block_device() {
+        storage.set_len(0).await?;
+        storage.advise_no_cow();
+    }
+    write(&storage, image).await?;
+    if options.preallocation == Preallocation::Off {
+        return Ok(());
+    }
+    let image = Image::open(storage, &ImageOptions::default()).await?;
+    image.preallocate(options.preallocation).await?;
+    image.close().await
 }
 
 /// An image that took its backing file's place would destroy it.

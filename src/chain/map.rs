@@ -61,7 +61,7 @@ impl Chain {
         };
         let mut at = start;
         while at < end {
-            let part = self.map_part(at, end - at, &mut sparse_files).await?;
+            let part = self.part(at, end - at, &mut sparse_files).await?;
             at += part.len;
             if whole.continues(&part) {
                 whole.len += part.len;
@@ -76,8 +76,9 @@ impl Chain {
         emit(&whole)
     }
 
-    /// The first part of a range.
-    async fn map_part(
+    /// The first part of a range, which is not empty. `sparse_files` is kept
+    /// from call to call: None for each layer at first.
+    pub(crate) async fn part(
         &self,
         at: u64,
         mut len: u64,

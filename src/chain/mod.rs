@@ -12,7 +12,7 @@ use std::os::fd::RawFd;
 use crate::qcow2::Image;
 use crate::storage::Storage;
 
-pub use create::{backing_size, create};
+pub use create::{backing_path, backing_size, create};
 pub use map::MapEntry;
 pub(crate) use open::{MAX_LAYERS, open_below};
 pub use open::{Options, open};

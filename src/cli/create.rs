@@ -1,14 +1,14 @@
 //! `create`: a new image.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{done, size};
 use crate::chain;
 use crate::codec::CompressionType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::create::{Backing, CreateOptions, parse_compat};
+use crate::qcow2::create::{Backing, CreateOptions, Preallocation, parse_compat};
 use crate::runtime::Runtime;
 
 /// Make a new, empty image
@@ -35,9 +35,13 @@ pub(super) struct Args {
 
     /// Options with qemu-img's names: cluster_size, compat, refcount_bits,
     /// lazy_refcounts, extended_l2, compression_type, backing_file,
-    /// backing_fmt, size, preallocation=off
+    /// backing_fmt, size, preallocation=off|metadata|falloc|full, nocow
     #[arg(short, value_name = "NAME=VALUE,...")]
     options: Vec<String>,
+
+    /// Say nothing; there is nothing to say
+    #[arg(short, long, hide = true)]
+    quiet: bool,
 
     /// Format of the image
     #[arg(short, long, hide = true, value_parser = ["qcow2"])]
@@ -90,6 +94,8 @@ fn plan(args: &Args) -> Result<Plan> {
             "extended_l2" => image.extended_l2 = switch(&name, value)?,
             "lazy_refcounts" => image.lazy_refcounts = switch(&name, value)?,
             "compression_type" => image.compression_type = compression(value)?,
+            "preallocation" => image.preallocation = Preallocation::parse(value)?,
+            "nocow" => image.nocow = switch(&name, value)?,
             other => refuse_unless_off(other, value)?,
         }
     }
@@ -119,6 +125,37 @@ fn plan(args: &Args) -> Result<Plan> {
         return Err(usage("the size is missing").cure("give it behind the file: 10G"));
     }
     Ok(Plan { size, image })
+}
+
+/// What an image of `size` bytes is to be like that another command makes at
+/// `file`.
+pub(super) fn image_options(
+    file: &Path,
+    size: u64,
+    options: &[String],
+    backing: Option<&OsStr>,
+    backing_format: Option<&str>,
+) -> Result<CreateOptions> {
+    let args = Args {
+        file: file.to_owned(),
+        size: Some(size),
+        backing: backing.map(OsStr::to_owned),
+        backing_format: backing_format.map(str::to_owned),
+        backing_unsafe: true,
+        options: options.to_vec(),
+        quiet: false,
+        format: None,
+    };
+    if options
+        .iter()
+        .flat_map(|text| split(text))
+        .any(|(name, _)| name == "size")
+    {
+        return Err(usage("the size is that of the input").cure("change it with `resize`"));
+    }
+    let mut image = plan(&args)?.image;
+    image.size = size;
+    Ok(image)
 }
 
 /// `NAME=VALUE,NAME=VALUE`; a comma in a value is doubled, and a name alone
@@ -163,17 +200,12 @@ fn compression(value: &str) -> Result<CompressionType> {
 fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
     let known = matches!(
         name,
-        "preallocation"
-            | "data_file"
-            | "data_file_raw"
-            | "encryption"
-            | "nocow"
-            | "extent_size_hint"
+        "data_file" | "data_file_raw" | "encryption" | "extent_size_hint"
     ) || name.starts_with("encrypt.");
     if !known {
         return Err(usage(format!("there is no option {name:?}")).cure(
             "there are cluster_size, compat, refcount_bits, lazy_refcounts, extended_l2, \
-             compression_type, backing_file, backing_fmt, size and preallocation=off",
+             compression_type, backing_file, backing_fmt, size, preallocation and nocow",
         ));
     }
     if matches!(value, "off" | "no" | "false" | "n" | "0") {

@@ -7,6 +7,8 @@ mod add;
 mod amend;
 mod bench;
 mod check;
+mod compare;
+mod convert;
 mod create;
 mod del;
 mod features;
@@ -16,7 +18,9 @@ mod io;
 mod list;
 mod log;
 mod map;
+mod measure;
 mod output;
+mod progress;
 mod size;
 mod snapshot;
 
@@ -58,6 +62,9 @@ enum Verb {
     Create(create::Args),
     Snapshot(snapshot::Args),
     Amend(amend::Args),
+    Convert(Box<convert::Args>),
+    Compare(compare::Args),
+    Measure(measure::Args),
     Io(io::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
@@ -93,6 +100,9 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Create(args) => create::run(&args),
         Verb::Amend(args) => amend::run(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
+        Verb::Convert(args) => convert::run(&args),
+        Verb::Compare(args) => compare::run(&args),
+        Verb::Measure(args) => measure::run(&args),
     };
     result.unwrap_or_else(|error| {
         output::report(&error);

@@ -45,11 +45,14 @@ pub(super) fn compress(level: i32, input: &[u8], output: &mut [u8]) -> Option<us
             )
         }));
         deflate.reset();
-        let status = deflate
-            .compress(input, output, FlushCompress::Finish)
-            .ok()?;
-        (status == Status::StreamEnd)
-            .then(|| usize::try_from(deflate.total_out()).ok())
-            .flatten()
+        let done = deflate.compress(input, output, FlushCompress::Finish);
+        if !matches!(done, Ok(Status::StreamEnd)) {
+            // The output was too short. What is left over inside is not
+            // forgotten by a reset (zlib-rs 0.6.8 keeps its place in the
+            // buffer and panics when that is full): not to be used again.
+            *state = None;
+            return None;
+        }
+        usize::try_from(deflate.total_out()).ok()
     })
 }

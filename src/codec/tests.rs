@@ -46,6 +46,35 @@ fn round_trips_at_every_level_and_size() {
     }
 }
 
+/// What a failure leaves behind must not add up until there is a panic.
+#[test]
+fn many_incompressible_clusters_in_a_row() {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    for kind in KINDS {
+        for level in [1, 6, 9] {
+            for len in [512, 4096, CLUSTER] {
+                let mut packed = vec![0; len];
+                for _ in 0..(512 << 10) / len {
+                    let noise: Vec<u8> = (0..len)
+                        .map(|_| {
+                            state ^= state << 13;
+                            state ^= state >> 7;
+                            state ^= state << 17;
+                            state as u8
+                        })
+                        .collect();
+                    assert_eq!(compress(kind, level, &noise, &mut packed), None);
+                }
+                let input = cluster(len);
+                let packed_len = compress(kind, level, &input, &mut packed).unwrap();
+                let mut output = vec![1; len];
+                decompress(kind, &packed[..packed_len], &mut output).unwrap();
+                assert!(output == input, "{kind:?} {level} {len}");
+            }
+        }
+    }
+}
+
 #[test]
 fn incompressible_clusters_are_left_alone() {
     for kind in KINDS {

@@ -137,7 +137,7 @@ impl Engine {
 }
 
 /// True when all bytes are zeros.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // In words as far as there are any, with as many of them at once as the
     // compiler likes.
     let (words, rest) = bytes.as_chunks::<64>();

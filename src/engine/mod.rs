@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Image;
 use crate::runtime;
 
+pub(crate) use compressed::is_zero;
 pub use housekeeper::Housekeeper;
 use ranges::Ranges;
 

@@ -30,6 +30,43 @@ pub struct Backing {
     pub format: Option<String>,
 }
 
+/// What of its space a new image takes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// None but that of the header and the first tables.
+    #[default]
+    Off,
+    /// All tables are there and every cluster has its place in the file, which
+    /// is sparse.
+    Metadata,
+    /// And the file has its space.
+    Falloc,
+    /// And the space is written, with zeros.
+    Full,
+}
+
+impl Preallocation {
+    /// The mode that a `preallocation=` means.
+    ///
+    /// # Errors
+    ///
+    /// `Usage` if there is no such mode.
+    pub fn parse(mode: &str) -> Result<Self> {
+        Ok(match mode {
+            "off" => Self::Off,
+            "metadata" => Self::Metadata,
+            "falloc" => Self::Falloc,
+            "full" => Self::Full,
+            _ => {
+                return Err(usage(format!(
+                    "Parameter 'preallocation' does not accept value '{mode}'"
+                ))
+                .cure("the modes are off, metadata, falloc and full"));
+            }
+        })
+    }
+}
+
 /// What a new image is to be like. The defaults are QEMU's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateOptions {
@@ -47,6 +84,11 @@ pub struct CreateOptions {
     pub lazy_refcounts: bool,
     /// L2 entries of 16 bytes: a 32nd of a cluster can be allocated alone.
     pub extended_l2: bool,
+    /// Space taken at once.
+    pub preallocation: Preallocation,
+    /// The file's blocks are not copied when they are written to, where the
+    /// file system (btrfs) would.
+    pub nocow: bool,
     /// The file under the image.
     pub backing: Option<Backing>,
 }
@@ -62,6 +104,8 @@ impl CreateOptions {
             compression_type: CompressionType::Deflate,
             lazy_refcounts: false,
             extended_l2: false,
+            preallocation: Preallocation::Off,
+            nocow: false,
             backing: None,
         }
     }
@@ -75,6 +119,14 @@ impl CreateOptions {
     pub fn build(&self) -> Result<NewImage> {
         let geometry = self.geometry()?;
         self.check_version()?;
+        if self.backing.is_some() && self.preallocation != Preallocation::Off {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Backing file and preallocation cannot be used at the same time: preallocated \
+                 clusters would hide the backing file",
+            )
+            .cure("leave one of them out"));
+        }
         let size = self.checked_size(&geometry)?;
         let extensions = self.extensions(&geometry)?;
 

@@ -17,6 +17,7 @@ mod meta;
 mod metadata;
 mod open;
 mod pack;
+mod preallocate;
 mod preallocated;
 mod refcount;
 mod shadow;

@@ -29,8 +29,11 @@ use super::{Image, lock};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Host clusters taken at once, from what the queue has: other clusters are
-/// written between compressed ones, and adjacent ones waste no room.
+/// written between compressed ones, and adjacent ones waste no room. At most
+/// this many and about this many bytes, because what is not used of them in the
+/// end is a hole in the file.
 const BATCH: u64 = 16;
+const BATCH_BYTES: u64 = 256 << 10;
 
 /// Where the next compressed cluster goes.
 #[derive(Debug)]
@@ -131,7 +134,9 @@ impl Image {
         let mut next = None;
         if room < len {
             if packer.run.count == 0 {
-                let reserved = self.reserve(slot, BATCH).await?;
+                let reserved = self
+                    .reserve(slot, (BATCH_BYTES >> bits).clamp(1, BATCH))
+                    .await?;
                 packer.run = reserved.run();
                 reserved.used(packer.run.count);
             }

@@ -60,6 +60,26 @@ pub fn is_read_only_device(device: &File) -> io::Result<bool> {
     Ok(read_only != 0)
 }
 
+/// Sets the attribute that `chattr +C` sets: no copy-on-write of a file that
+/// is empty still.
+pub fn set_no_cow(file: &File) -> io::Result<()> {
+    /// linux/fs.h
+    const FS_NOCOW_FL: libc::c_long = 0x0080_0000;
+    let mut flags: libc::c_long = 0;
+    // SAFETY: FS_IOC_GETFLAGS stores at most a long, into a live one.
+    let got = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    flags |= FS_NOCOW_FL;
+    // SAFETY: FS_IOC_SETFLAGS reads at most a long, from a live one.
+    let set = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const flags) };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Tells the kernel that this thread, and those it starts, serve a block
 /// device: when they need memory, it must not wait for that device to write.
 ///

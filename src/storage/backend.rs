@@ -149,6 +149,23 @@ impl Backend {
         }
     }
 
+    /// Gives the range its space and leaves its bytes; a simulated disk has all
+    /// of its space.
+    pub(super) async fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self {
+            Self::Host(file) => ops::fallocate(file.fd(), 0, offset, len).await.map(drop),
+            Self::Sim(_) => Ok(()),
+        }
+    }
+
+    /// Tells the file system not to copy this file's blocks on writing.
+    pub(super) fn set_no_cow(&self) -> io::Result<()> {
+        match self {
+            Self::Host(file) => runtime::sys::set_no_cow(&file.file),
+            Self::Sim(_) => Ok(()),
+        }
+    }
+
     pub(super) fn sync(&self) -> RawOp {
         match self {
             Self::Host(file) => RawOp::Kernel(ops::fsync(file.fd(), true)),

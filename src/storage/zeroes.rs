@@ -53,6 +53,41 @@ impl Storage {
         Ok(outcome == Outcome::Done)
     }
 
+    /// Takes the space of a range from the host now, so that writing there
+    /// later cannot fail for want of it. What the range holds stays; the file
+    /// grows as needed.
+    pub async fn reserve_space(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        if len == 0 || self.is_block_device() {
+            return Ok(());
+        }
+        while let Err(e) = self.backend.reserve(offset, len).await {
+            let unable = matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS));
+            if e.raw_os_error() != Some(libc::EINTR) {
+                let error = Error::io("take the space of a range", e)
+                    .path(&self.path)
+                    .at(offset);
+                return Err(if unable {
+                    error.cure("this file system cannot; write zeros instead (preallocation=full)")
+                } else {
+                    error
+                });
+            }
+        }
+        self.grown_to(offset + len);
+        Ok(())
+    }
+
+    /// Asks the file system not to copy this file's blocks when they are
+    /// written to. Only an empty file on btrfs heeds it, and it is advice: a
+    /// file system that knows nothing of it changes nothing.
+    pub(crate) fn advise_no_cow(&self) {
+        if let Err(e) = self.backend.set_no_cow() {
+            tracing::debug!("{}: nocow has no effect: {e}", self.path.display());
+        }
+    }
+
     /// The part of a range that an allocation request can cover: all of it in
     /// a file, whose file system takes care of partial blocks in the page
     /// cache; the whole pages in it with direct I/O, the whole sectors on a

@@ -1,0 +1,125 @@
+//! A disk that is read: a raw file, or an image with its chain.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use super::Format;
+use crate::block::Payload;
+use crate::chain::{self, Layer, MapEntry};
+use crate::disk::blocking;
+use crate::engine::{self, Engine};
+use crate::error::Result;
+use crate::storage::{Locks, OpenOptions, Role, Storage};
+
+/// An open disk, for reading from several threads.
+#[derive(Debug)]
+pub struct Source {
+    disk: Disk,
+    /// Which layers' files are sparse in their data; found out once.
+    sparse: Mutex<Vec<Option<bool>>>,
+}
+
+#[derive(Debug)]
+enum Disk {
+    Raw(Layer),
+    Image(Box<Engine>),
+}
+
+impl Source {
+    /// Opens the disk at `path`; `options` are for images and what is below
+    /// them, their cache mode and sharing for raw files too.
+    pub fn open(path: &Path, format: Format, options: &chain::Options) -> Result<Self> {
+        let disk = match format {
+            Format::Raw => {
+                let locks = if options.force_share {
+                    Locks::ForceShare
+                } else {
+                    Locks::Normal(Role::ReadOnly)
+                };
+                let how = OpenOptions::read_only().locks(locks).cache(options.cache);
+                Disk::Raw(Layer::Raw(Storage::open(path, &how)?))
+            }
+            Format::Qcow2 => {
+                let chain = blocking(chain::open(path, options))?;
+                Disk::Image(Box::new(Engine::new(chain, engine::Options::default())))
+            }
+        };
+        let layers = match &disk {
+            Disk::Raw(_) => 1,
+            Disk::Image(engine) => engine.chain().layers().len(),
+        };
+        Ok(Self {
+            disk,
+            sparse: Mutex::new(vec![None; layers]),
+        })
+    }
+
+    /// The disk's size in bytes: a multiple of 512.
+    pub fn size(&self) -> u64 {
+        match &self.disk {
+            Disk::Raw(layer) => layer.size(),
+            Disk::Image(engine) => engine.size(),
+        }
+    }
+
+    /// The files, top first.
+    pub(super) fn files(&self) -> Vec<&Storage> {
+        match &self.disk {
+            Disk::Raw(layer) => vec![layer.storage()],
+            Disk::Image(engine) => engine.chain().layers().iter().map(Layer::storage).collect(),
+        }
+    }
+
+    /// The image on top, if it is one.
+    pub(super) fn engine(&self) -> Option<&Engine> {
+        match &self.disk {
+            Disk::Raw(_) => None,
+            Disk::Image(engine) => Some(engine),
+        }
+    }
+
+    /// The first part of a range whose bytes have one origin.
+    pub(super) async fn extent(&self, at: u64, len: u64) -> Result<MapEntry> {
+        match &self.disk {
+            Disk::Raw(layer) => {
+                let extent = layer.storage().extent_at(at);
+                Ok(MapEntry {
+                    start: at,
+                    len: len.min(extent.end - at),
+                    present: true,
+                    zero: !extent.data,
+                    data: extent.data,
+                    offset: Some(at),
+                    ..MapEntry::default()
+                })
+            }
+            Disk::Image(engine) => {
+                let mut sparse = self
+                    .sparse
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                let known = sparse.clone();
+                let entry = engine.chain().part(at, len, &mut sparse).await?;
+                if sparse != known {
+                    *self.sparse.lock().unwrap_or_else(PoisonError::into_inner) = sparse;
+                }
+                Ok(entry)
+            }
+        }
+    }
+
+    /// Fills `buf` from `at` on; past the disk's end there are zeros.
+    pub(super) async fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let inside = self.size().saturating_sub(at).min(buf.len() as u64);
+        let (buf, past) = buf.split_at_mut(inside as usize);
+        past.fill(0);
+        if buf.is_empty() {
+            return Ok(());
+        }
+        match &self.disk {
+            Disk::Raw(layer) => layer.storage().read(at, buf).await,
+            Disk::Image(engine) => engine.read(0, at, Payload::of_slice_mut(buf)).await,
+        }
+    }
+}
