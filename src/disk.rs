@@ -8,6 +8,7 @@ use crate::chain;
 use crate::engine::{self, Engine, Housekeeper};
 use crate::error::{Error, Result};
 use crate::qcow2::create::CreateOptions;
+use crate::qcow2::{BitmapAction, BitmapContent, BitmapInfo};
 use crate::runtime::Runtime;
 
 /// An open virtual disk: a qcow2 image with its backing chain.
@@ -113,6 +114,22 @@ impl Disk {
     /// Enlarges the disk to `size` bytes, a multiple of 512.
     pub fn grow(&self, size: u64) -> Result<()> {
         blocking(self.engine.grow(size))
+    }
+
+    /// The dirty bitmaps of the image.
+    pub fn bitmaps(&self) -> Result<Vec<BitmapInfo>> {
+        blocking(self.engine.chain().top().bitmaps())
+    }
+
+    /// The content of a dirty bitmap, also while it is recorded.
+    pub fn bitmap(&self, name: &str) -> Result<BitmapContent> {
+        blocking(self.engine.chain().top().bitmap(name.as_bytes()))
+    }
+
+    /// Adds, removes or changes a dirty bitmap, also while the disk is in use.
+    pub fn change_bitmap(&self, name: &str, action: &BitmapAction<'_>) -> Result<()> {
+        let image = self.engine.chain().top();
+        blocking(image.change_bitmap(name.as_bytes(), action))
     }
 
     /// Flushes, gives back what was reserved, and closes the files.

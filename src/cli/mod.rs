@@ -6,6 +6,7 @@
 mod add;
 mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod compare;
 mod convert;
@@ -65,6 +66,7 @@ enum Verb {
     Convert(Box<convert::Args>),
     Compare(compare::Args),
     Measure(measure::Args),
+    Bitmap(bitmap::Args),
     Io(io::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
@@ -103,6 +105,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Convert(args) => convert::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Measure(args) => measure::run(&args),
+        Verb::Bitmap(args) => bitmap::run(&args),
     };
     result.unwrap_or_else(|error| {
         output::report(&error);

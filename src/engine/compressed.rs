@@ -28,8 +28,8 @@ impl Engine {
         let image = self.top();
         self.check_range(offset, data.len() as u64)?;
         image.check_compressible()?;
-        let slot = self.begin_write(queue).await?;
-        let _presence = image.enter(slot);
+        let writing = self.begin_write(queue, offset, data.len() as u64).await?;
+        let slot = writing.slot;
         let cluster_size = image.cluster_size();
         let mut cluster = Buf::take(cluster_size as usize);
         let mut stream = Buf::take(cluster_size as usize);
@@ -111,8 +111,9 @@ impl Engine {
             return Err(Error::new(ErrorKind::Usage, what).path(image.path()));
         }
         image.check_compressible()?;
-        let slot = self.begin_write(queue).await?;
-        let _presence = image.enter(slot);
+        let inside = cluster_size.min(self.size() - offset);
+        let writing = self.begin_write(queue, offset, inside).await?;
+        let slot = writing.slot;
         let at = GuestOffset(offset);
         let number = at.cluster(image.cluster_bits());
         let _range = loop {

@@ -17,7 +17,7 @@ mod zero;
 use crate::block::{BlockHandler, Limits, Op, Payload, Request};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Image;
+use crate::qcow2::{Image, Presence};
 use crate::runtime;
 
 pub(crate) use compressed::is_zero;
@@ -101,17 +101,15 @@ impl Engine {
     /// Writes `payload.len()` bytes at `offset`.
     pub async fn write(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
         self.check_range(offset, payload.len())?;
-        let slot = self.begin_write(queue).await?;
-        let _presence = self.top().enter(slot);
-        self.write_range(slot, offset, payload).await
+        let writing = self.begin_write(queue, offset, payload.len()).await?;
+        self.write_range(writing.slot, offset, payload).await
     }
 
     /// Makes the range read as zeros; with `unmap`, host space may be freed.
     pub async fn write_zeroes(&self, queue: u16, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_range(offset, len)?;
-        let slot = self.begin_write(queue).await?;
-        let _presence = self.top().enter(slot);
-        self.zero_range(slot, offset, len, unmap).await
+        let writing = self.begin_write(queue, offset, len).await?;
+        self.zero_range(writing.slot, offset, len, unmap).await
     }
 
     /// Gives up the range's clusters; the parts of clusters at its ends keep
@@ -121,9 +119,8 @@ impl Engine {
         if !self.options.discard {
             return Ok(());
         }
-        let slot = self.begin_write(queue).await?;
-        let _presence = self.top().enter(slot);
-        self.discard_range(slot, offset, len).await
+        let writing = self.begin_write(queue, offset, len).await?;
+        self.discard_range(writing.slot, offset, len).await
     }
 
     /// Makes everything completed before durable.
@@ -158,7 +155,8 @@ impl Engine {
     pub async fn grow(&self, size: u64) -> Result<()> {
         let image = self.top();
         let old = image.size();
-        let slot = self.begin_write(0).await?;
+        let slot = 0;
+        self.prepare().await?;
         image.grow_in_memory(size).await?;
         let stored = async {
             if !self.reads_zero(1, old, size - old).await? {
@@ -173,17 +171,49 @@ impl Engine {
         if stored.is_err() {
             image.ungrow(old);
         }
-        stored
+        let bitmaps = image.end_bitmap_resize().await;
+        stored.and(bitmaps)
     }
 
-    async fn begin_write(&self, queue: u16) -> Result<usize> {
+    /// Lets a change of `len` bytes from `offset` begin: every change of the
+    /// disk that the guest asks for goes through here.
+    async fn begin_write(&self, queue: u16, offset: u64, len: u64) -> Result<Writing<'_>> {
+        self.prepare().await?;
+        let image = self.top();
+        let slot = usize::from(queue);
+        Ok(Writing {
+            image,
+            slot,
+            range: (offset, len),
+            _presence: image.enter(slot),
+        })
+    }
+
+    async fn prepare(&self) -> Result<()> {
         let image = self.top();
         image.check_writable()?;
         image.prepare_for_writing().await?;
         if image.is_crowded() {
             image.flush().await?;
         }
-        Ok(usize::from(queue))
+        Ok(())
+    }
+}
+
+/// A change of the disk under way. It is recorded in the dirty bitmaps when it
+/// is over, however it ended: what failed may have changed something too.
+#[derive(Debug)]
+#[must_use]
+struct Writing<'a> {
+    image: &'a Image,
+    slot: usize,
+    range: (u64, u64),
+    _presence: Presence<'a>,
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.image.record(self.range.0, self.range.1);
     }
 }
 

@@ -13,7 +13,7 @@ impl Image {
     /// the current size; the L1 table is grown to match.
     ///
     /// [`Self::store_size`] makes it last, once the new part reads as it
-    /// should.
+    /// should, and [`Self::end_bitmap_resize`] comes last in any case.
     pub(crate) async fn grow_in_memory(&self, size: u64) -> Result<()> {
         let header = self.header();
         if !size.is_multiple_of(512) {
@@ -37,14 +37,6 @@ impl Image {
             )
             .path(self.path()));
         }
-        if header.bitmaps().is_some() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "resizing an image with bitmaps is not supported yet",
-            )
-            .path(self.path())
-            .cure("use `qemu-img resize`"));
-        }
         if size > self.geometry.max_size() {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -59,6 +51,7 @@ impl Image {
         if needed > self.l1.len() {
             self.grow_l1(needed).await?;
         }
+        self.begin_bitmap_resize(size).await?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }

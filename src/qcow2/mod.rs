@@ -4,6 +4,7 @@
 
 mod alloc;
 pub mod amend;
+mod bitmap;
 pub mod check;
 mod compressed;
 pub mod create;
@@ -33,14 +34,16 @@ use crate::runtime::sync;
 use crate::storage::Storage;
 
 use alloc::{Allocator, Frees, Run};
+use bitmap::Bitmaps;
 use compressed::Inflated;
 use flush::Flushes;
-use grace::{Grace, Presence};
+use grace::Grace;
 use meta::{L1Table, SliceCache};
 use metadata::Metadata;
 use pack::Packer;
 
 pub use crate::codec::CompressionType;
+pub use bitmap::{BitmapAction, BitmapContent, BitmapInfo};
 pub use open::ImageOptions;
 pub use snapshot::{NewSnapshot, Selector, SnapshotJob};
 pub use spec::addr::{GuestOffset, HostOffset};
@@ -48,6 +51,7 @@ pub use spec::entry::CompressedRange;
 pub use spec::geometry::Geometry;
 pub use spec::header::Header;
 
+pub(crate) use grace::Presence;
 pub(crate) use lookup::Mapping;
 pub(crate) use map::Change;
 
@@ -85,7 +89,7 @@ pub struct Image {
     punch_frees: bool,
     /// The header has been made ready for changes to the image.
     prepared: AtomicBool,
-    preparing: sync::Mutex<()>,
+    bitmaps: Bitmaps,
 }
 
 impl Image {
@@ -177,6 +181,8 @@ impl Image {
         if !self.writable() {
             return Ok(());
         }
+        // The image matters more than its bitmaps: it is closed in any case.
+        let bitmaps = self.close_bitmaps().await;
         // The first makes unmappings durable and frees clusters, which
         // changes refcounts again.
         self.flush().await?;
@@ -185,7 +191,8 @@ impl Image {
         if self.has_dirty_metadata() {
             self.flush().await?;
         }
-        self.trim_file().await
+        self.trim_file().await?;
+        bitmaps.map_err(|e| e.context("cannot store the dirty bitmaps"))
     }
 }
 

@@ -12,8 +12,8 @@ use super::metadata::Metadata;
 use super::refcount::Refcounts;
 use super::snapshot;
 use super::spec::entry::L1Entry;
-use super::spec::header::{AUTOCLEAR_AT, Autoclear, Incompatible, PROBE_LEN, Prefix};
-use super::{Header, HostOffset, Image, Selector, lock};
+use super::spec::header::{Autoclear, Incompatible, PROBE_LEN, Prefix};
+use super::{Header, HostOffset, Image, Selector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buf, sync};
 use crate::storage::Storage;
@@ -29,6 +29,10 @@ pub struct ImageOptions {
     pub punch: bool,
     /// A snapshot is opened in place of the active disk; read-only.
     pub snapshot: Option<Selector>,
+    /// Read the dirty bitmaps that record changes when the image is opened
+    /// for writing, not when it is first written to: for who only manages
+    /// them, false spares reading them.
+    pub record: bool,
 }
 
 impl Default for ImageOptions {
@@ -38,6 +42,7 @@ impl Default for ImageOptions {
             l2_cache: 32 << 20,
             punch: true,
             snapshot: None,
+            record: true,
         }
     }
 }
@@ -150,13 +155,14 @@ impl Image {
             metadata: Metadata::new(geometry.cluster_bits),
             punch_frees: options.punch,
             prepared: AtomicBool::new(false),
-            preparing: sync::Mutex::default(),
+            bitmaps: super::Bitmaps::default(),
             suspect_field: sync::Mutex::default(),
             header: Mutex::new(header),
             storage,
         };
         if image.writable() {
             image.note_metadata().await;
+            image.load_for_recording(options.record).await?;
         }
         Ok(image)
     }
@@ -185,35 +191,37 @@ impl Image {
         }
     }
 
-    /// Makes the header ready for changes: every autoclear bit stands for data
-    /// about the image that we do not keep up to date (bitmaps included), so
-    /// all of them are cleared, durably, before anything else is written.
+    /// Makes the image ready for changes of the disk, before the first: the
+    /// autoclear bits that stand for data which we do not keep up to date are
+    /// cleared, and bitmaps that record are marked in use, all durably.
     #[inline]
     pub(crate) async fn prepare_for_writing(&self) -> Result<()> {
         if self.prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.clear_autoclear().await
+        self.prepare().await
     }
 
-    async fn clear_autoclear(&self) -> Result<()> {
-        let _turn = self.preparing.lock().await;
+    async fn prepare(&self) -> Result<()> {
+        let mut bitmaps = self.bitmaps.state.lock().await;
         if self.prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        let bits = lock(&self.header).autoclear;
-        if !bits.is_empty() {
-            if bits.contains(Autoclear::BITMAPS) {
-                tracing::warn!(
-                    "{}: the image's dirty bitmaps are not recorded and become inconsistent",
-                    self.path().display()
-                );
-            }
-            self.write_header(AUTOCLEAR_AT, &[0; 8]).await?;
+        self.clear_unknown_autoclear().await?;
+        if self.mark_bitmaps(&mut bitmaps).await? {
             self.storage.sync().await?;
-            lock(&self.header).autoclear = Autoclear::empty();
         }
         self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Clears the autoclear bits of what is unknown here, durably.
+    pub(super) async fn clear_unknown_autoclear(&self) -> Result<()> {
+        let bits = self.header().autoclear;
+        let kept = bits & Autoclear::BITMAPS;
+        if bits != kept {
+            self.write_autoclear(kept).await?;
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use qcow2_ublk::codec;
+use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_ublk::qcow2::spec::header::Prefix;
 use qcow2_ublk::qcow2::spec::snapshot::{self, Snapshot};
 use qcow2_ublk::qcow2::spec::{
@@ -70,6 +71,43 @@ impl<'a> Checked<'a> {
         snapshots
     }
 
+    /// The bitmap directory; empty if nobody vouches for it.
+    pub fn bitmaps(&self) -> Vec<Bitmap> {
+        let Some(extension) = self.header.bitmaps() else {
+            return Vec::new();
+        };
+        if !self.header.bitmaps_consistent() {
+            return Vec::new();
+        }
+        let directory = self
+            .image
+            .bytes(extension.directory_offset.0, extension.directory_size);
+        Bitmap::parse_directory(&directory, extension, &self.geometry).unwrap()
+    }
+
+    /// A bitmap's table.
+    pub fn bitmap_table(&self, bitmap: &Bitmap) -> Vec<BitmapTableEntry> {
+        words(self.image, bitmap.table_offset, bitmap.table_size.into())
+            .into_iter()
+            .map(|raw| BitmapTableEntry::decode(raw, &self.geometry).unwrap())
+            .collect()
+    }
+
+    fn count_bitmaps(&self, add: &mut impl FnMut(HostOffset, u64)) {
+        let bitmaps = self.bitmaps();
+        if let Some(extension) = self.header.bitmaps().filter(|_| !bitmaps.is_empty()) {
+            add(extension.directory_offset, extension.directory_size);
+        }
+        for bitmap in &bitmaps {
+            add(bitmap.table_offset, u64::from(bitmap.table_size) * 8);
+            for entry in self.bitmap_table(bitmap) {
+                if let BitmapTableEntry::Cluster(offset) = entry {
+                    add(offset, 1);
+                }
+            }
+        }
+    }
+
     fn l2(&self, entry: L1Entry) -> Vec<RawL2Entry> {
         match entry {
             L1Entry::Unallocated => Vec::new(),
@@ -112,6 +150,7 @@ impl<'a> Checked<'a> {
             let _ = last;
             add(header.snapshots_offset, end - header.snapshots_offset.0);
         }
+        self.count_bitmaps(&mut add);
         let mut copied_flags = Vec::new();
         let active = (header.l1_table_offset, header.l1_size, true);
         let inactive = snapshots

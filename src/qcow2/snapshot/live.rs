@@ -50,6 +50,8 @@ impl Image {
 
     async fn do_snapshot_job(&self, job: &SnapshotJob) -> Result<()> {
         self.check_writable()?;
+        // The header is exchanged as a whole: nobody else changes it meanwhile.
+        let bitmaps = self.bitmaps.state.lock().await;
         self.settle().await?;
         let ready = job.build(self.storage(), self.header()).await?;
         let l1 = self.read_l1(&ready).await?;
@@ -63,6 +65,7 @@ impl Image {
         }
         self.storage().sync().await?;
         self.take_over(&ready, &l1).await;
+        self.note_bitmaps(&bitmaps);
         if self.punch_frees {
             ready.punch_freed(self.storage()).await;
         }

@@ -71,11 +71,14 @@ impl BitmapsExtension {
         Err(invalid(problem, here))
     }
 
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+    /// The extension's data.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::LEN);
         out.extend_from_slice(&self.nb_bitmaps.to_be_bytes());
         out.extend_from_slice(&[0; 4]);
         out.extend_from_slice(&self.directory_size.to_be_bytes());
         out.extend_from_slice(&self.directory_offset.0.to_be_bytes());
+        out
     }
 }
 

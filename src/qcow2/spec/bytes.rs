@@ -11,7 +11,7 @@ pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 /// The 32-bit number at `at`.
-pub(super) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+pub(in crate::qcow2) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
     array(bytes, at).map(u32::from_be_bytes)
 }
 
@@ -21,6 +21,6 @@ pub(super) fn be64(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 /// `n` rounded up to a multiple of 8.
-pub(super) fn pad8(n: usize) -> usize {
+pub(in crate::qcow2) fn pad8(n: usize) -> usize {
     n.next_multiple_of(8)
 }

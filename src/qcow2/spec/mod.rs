@@ -7,7 +7,7 @@
 
 pub mod addr;
 pub mod bitmap;
-mod bytes;
+pub(in crate::qcow2) mod bytes;
 pub mod entry;
 pub mod geometry;
 pub mod header;

@@ -54,6 +54,9 @@ pub enum Extension {
 }
 
 impl Extension {
+    /// The type of [`Self::Bitmaps`].
+    pub const BITMAPS: u32 = BITMAPS;
+
     /// All extensions in `area`, the bytes of cluster 0 from `start` on: to
     /// the end mark, else to the end of `area`.
     pub(super) fn parse_all(area: &[u8], start: u64, cluster_bits: u32) -> Result<Vec<Self>> {
@@ -163,7 +166,7 @@ impl Extension {
         match self {
             Self::BackingFormat(name) => out.extend_from_slice(name.as_bytes()),
             Self::FeatureNames(names) => names.iter().for_each(|name| name.encode(out)),
-            Self::Bitmaps(bitmaps) => bitmaps.encode(out),
+            Self::Bitmaps(bitmaps) => out.extend_from_slice(&bitmaps.encode()),
             Self::CryptoHeader { offset, len } => {
                 out.extend_from_slice(&offset.0.to_be_bytes());
                 out.extend_from_slice(&len.to_be_bytes());

@@ -74,6 +74,9 @@ pub const REFTABLE_AT: HostOffset = HostOffset(offset_of!(RawHeader, refcount_ta
 /// [`Header::snapshots_update`](super::Header::snapshots_update):
 /// `nb_snapshots` and `snapshots_offset`.
 pub const SNAPSHOTS_AT: HostOffset = HostOffset(offset_of!(RawHeader, nb_snapshots) as u64);
+/// Byte offset in the file of the backing file name's offset, 8 bytes.
+pub const BACKING_NAME_AT: HostOffset =
+    HostOffset(offset_of!(RawHeader, backing_file_offset) as u64);
 /// Byte offset in the file of the virtual size, 8 bytes.
 pub const SIZE_AT: HostOffset = HostOffset(offset_of!(RawHeader, size) as u64);
 /// Byte offset in the file of the incompatible features, 8 bytes; not in
