@@ -132,6 +132,18 @@ impl Disk {
         blocking(image.change_bitmap(name.as_bytes(), action))
     }
 
+    /// Makes the disk `size` bytes long, a multiple of 512. What is new reads
+    /// as zeros; what lies behind the new end is lost, except in snapshots.
+    ///
+    /// No request may be under way, unless the disk only gets longer.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        if size < self.size() {
+            blocking(self.engine.shrink(size))
+        } else {
+            self.grow(size)
+        }
+    }
+
     /// Flushes, gives back what was reserved, and closes the files.
     pub fn close(mut self) -> Result<()> {
         self.housekeeper.take();

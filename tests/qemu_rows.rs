@@ -201,10 +201,7 @@ fn growing_moves_the_l1_table_and_an_empty_disk_can_grow() {
         assert_reads(&disk, 0, from, 0x31);
         assert_reads(&disk, from, M - from.min(M) - 4 * K * u64::from(to == M), 0);
         disk.flush().unwrap();
-        assert_eq!(
-            disk.grow(to - 512).unwrap_err().kind(),
-            ErrorKind::Unsupported
-        );
+        assert_eq!(disk.grow(to - 512).unwrap_err().kind(), ErrorKind::Usage);
         assert_eq!(disk.grow(to + 100).unwrap_err().kind(), ErrorKind::Usage);
         disk.close().unwrap();
         qemu_check(&path, false);

@@ -5,6 +5,7 @@ mod map;
 mod name;
 mod open;
 mod policy;
+mod reopen;
 mod temporary;
 
 use std::os::fd::RawFd;
@@ -17,6 +18,7 @@ pub use map::MapEntry;
 pub(crate) use open::{MAX_LAYERS, open_below};
 pub use open::{Options, open};
 pub use policy::Policy;
+pub use reopen::{Apart, open_apart, open_new_backing};
 
 /// One file of the chain.
 #[derive(Debug)]
@@ -64,6 +66,11 @@ impl Chain {
     /// An image over all of these.
     fn covered_by(self, top: Image) -> Self {
         Self::new(top, self.layers)
+    }
+
+    /// Layers that are only read, whatever the first one is.
+    pub(crate) fn of_layers(layers: Vec<Layer>) -> Self {
+        Self { layers }
     }
 
     /// The image that is written to.

@@ -70,32 +70,24 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
     let top = open_image(open_top, options.cache, &top).await?;
 
     let mut seen = vec![top.storage().identity()];
-    let mut header = top.header();
-    let mut inside = path.to_owned();
+    let below = follow(&top.header(), path, options, &mut seen).await?;
+    Ok(Chain::new(top, below))
+}
+
+/// Opens for reading everything below an image with this header, the file
+/// `inside`. `seen` are the files above and itself.
+pub(super) async fn follow(
+    header: &Header,
+    inside: &Path,
+    options: &Options,
+    seen: &mut Vec<Identity>,
+) -> Result<Vec<Layer>> {
+    let mut header = header.clone();
+    let mut inside = inside.to_owned();
     let mut below = Vec::new();
     while let Some(reference) = backing_of(&header, &inside, options)? {
-        let layer = open_backing(&reference, &inside, options).await?;
-        let identity = layer.storage().identity();
-        if seen.contains(&identity) {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!(
-                    "the backing chain is a loop: {} is above itself",
-                    reference.path.display()
-                ),
-            )
-            .path(&inside)
-            .cure("record the right backing file with `qemu-img rebase -u`"));
-        }
-        seen.push(identity);
-        if seen.len() > MAX_LAYERS {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("the backing chain has more than {MAX_LAYERS} layers"),
-            )
-            .path(path)
-            .cure("shorten it with `qemu-img commit` or `qemu-img convert`"));
-        }
+        let layer = open_backing(&reference, &inside, options, Access::Read).await?;
+        reference.check_loop(seen, &layer, &inside)?;
         inside = reference.path;
         let next = match &layer {
             Layer::Qcow2(image) => Some(image.header()),
@@ -107,7 +99,7 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
             None => break,
         }
     }
-    Ok(Chain::new(top, below))
+    Ok(below)
 }
 
 fn locks(options: &Options, writable: bool) -> Locks {
@@ -158,7 +150,7 @@ pub(crate) fn open_below(
     let Some(reference) = backing_of(header, inside, options)? else {
         return Ok(None);
     };
-    let fd = options.policy.open(&reference.path, inside)?;
+    let fd = options.policy.open(&reference.path, inside, false)?;
     let how = OpenOptions::read_only().locks(locks(options, false));
     Ok(Some(Below {
         storage: Storage::from_fd(fd, &reference.path, &how)?,
@@ -166,13 +158,81 @@ pub(crate) fn open_below(
     }))
 }
 
+/// Tells files apart.
+type Identity = (u64, u64);
+
 /// A backing file as its image names it.
-struct Reference {
-    path: PathBuf,
+pub(super) struct Reference {
+    pub(super) path: PathBuf,
     raw: bool,
 }
 
-fn backing_of(header: &Header, inside: &Path, options: &Options) -> Result<Option<Reference>> {
+impl Reference {
+    /// The file at `path`, of this format, for the image `inside`.
+    pub(super) fn named(path: PathBuf, format: &str, inside: &Path) -> Result<Self> {
+        let raw = match format {
+            "qcow2" => false,
+            "raw" | "file" | "host_device" => true,
+            other => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("the backing file's format {other:?} is neither qcow2 nor raw"),
+                )
+                .path(inside)
+                .cure("convert the backing file to qcow2 or raw"));
+            }
+        };
+        Ok(Self { path, raw })
+    }
+
+    /// Refuses a file that was `seen` above, and chains without end.
+    pub(super) fn check_loop(
+        &self,
+        seen: &mut Vec<Identity>,
+        layer: &Layer,
+        inside: &Path,
+    ) -> Result<()> {
+        let identity = layer.storage().identity();
+        if seen.contains(&identity) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "the backing chain is a loop: {} is above itself",
+                    self.path.display()
+                ),
+            )
+            .path(inside)
+            .cure("record the right backing file with `qcow2-ublk rebase -u`"));
+        }
+        seen.push(identity);
+        if seen.len() > MAX_LAYERS {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the backing chain has more than {MAX_LAYERS} layers"),
+            )
+            .path(inside)
+            .cure("shorten it with `qcow2-ublk commit` or `qemu-img convert`"));
+        }
+        Ok(())
+    }
+}
+
+/// What is done with a file below an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// It is read, on the image's word.
+    Read,
+    /// It is written to, on the image's word.
+    Write,
+    /// It is read, on the caller's word.
+    Given,
+}
+
+pub(super) fn backing_of(
+    header: &Header,
+    inside: &Path,
+    options: &Options,
+) -> Result<Option<Reference>> {
     let Some(name) = header.backing_file.as_deref() else {
         return Ok(None);
     };
@@ -183,41 +243,38 @@ fn backing_of(header: &Header, inside: &Path, options: &Options) -> Result<Optio
     let format = header
         .backing_format()
         .or(options.backing_format.as_deref());
-    let raw = match format {
-        Some("qcow2") => false,
-        Some("raw" | "file" | "host_device") => true,
-        Some(other) => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("the backing file's format {other:?} is neither qcow2 nor raw"),
-            )
-            .path(inside)
-            .cure("convert the backing file to qcow2 or raw"));
-        }
-        None => {
-            return Err(Error::new(
-                ErrorKind::Policy,
-                "the image does not record its backing file's format, and guessing it would let \
+    let Some(format) = format else {
+        return Err(Error::new(
+            ErrorKind::Policy,
+            "the image does not record its backing file's format, and guessing it would let \
                  the content of a raw disk decide what is opened",
-            )
-            .path(inside)
-            .cure(
-                "give it with --backing-format qcow2|raw, or record it with \
+        )
+        .path(inside)
+        .cure(
+            "give it with --backing-format qcow2|raw, or record it with \
                  `qemu-img rebase -u -F FORMAT -b FILE`",
-            ));
-        }
+        ));
     };
-    Ok(Some(Reference { path, raw }))
+    Reference::named(path, format, inside).map(Some)
 }
 
-async fn open_backing(reference: &Reference, inside: &Path, options: &Options) -> Result<Layer> {
+pub(super) async fn open_backing(
+    reference: &Reference,
+    inside: &Path,
+    options: &Options,
+    access: Access,
+) -> Result<Layer> {
     let open = |cache| {
-        let fd = options.policy.open(&reference.path, inside)?;
+        let writable = access == Access::Write;
         let how = OpenOptions {
-            writable: false,
+            writable,
             cache,
-            locks: locks(options, false),
+            locks: locks(options, writable),
         };
+        if access == Access::Given {
+            return Storage::open(&reference.path, &how);
+        }
+        let fd = options.policy.open(&reference.path, inside, writable)?;
         Storage::from_fd(fd, &reference.path, &how)
     };
     if reference.raw {

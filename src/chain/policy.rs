@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -22,16 +22,25 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Opens a file that the image `inside` refers to, read-only.
+    /// Opens a file that the image `inside` refers to, read-only or also for
+    /// writing.
     ///
     /// The kernel keeps the resolution inside the allowed folder: a link that
     /// leads out of it is refused, however the folder changes meanwhile.
-    pub(super) fn open(&self, path: &Path, inside: &Path) -> Result<OwnedFd> {
+    pub(super) fn open(&self, path: &Path, inside: &Path, writable: bool) -> Result<OwnedFd> {
         // Something else than a file must not be able to block us.
-        let extra = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let mut extra = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let is_device = |path| {
+            std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+        };
+        if writable && is_device(path) {
+            // Not one that the host uses itself.
+            extra |= OFlag::O_EXCL;
+        }
         if self.trust_chain {
             let file = File::options()
                 .read(true)
+                .write(writable)
                 .custom_flags(extra.bits())
                 .open(path)
                 .map_err(|e| open_error(e, inside, path))?;
@@ -49,8 +58,13 @@ impl Policy {
                 .custom_flags(OFlag::O_DIRECTORY.bits())
                 .open(&folder)
                 .map_err(|e| open_error(e, inside, &folder))?;
+            let access = if writable {
+                OFlag::O_RDWR
+            } else {
+                OFlag::O_RDONLY
+            };
             let how = OpenHow::new()
-                .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | extra)
+                .flags(access | OFlag::O_CLOEXEC | extra)
                 .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
             return match openat2(&dir, below, how) {
                 Ok(fd) => Ok(fd),

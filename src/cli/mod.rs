@@ -8,6 +8,7 @@ mod amend;
 mod bench;
 mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -22,6 +23,8 @@ mod map;
 mod measure;
 mod output;
 mod progress;
+mod rebase;
+mod resize;
 mod size;
 mod snapshot;
 
@@ -67,6 +70,9 @@ enum Verb {
     Compare(compare::Args),
     Measure(measure::Args),
     Bitmap(bitmap::Args),
+    Resize(resize::Args),
+    Commit(commit::Args),
+    Rebase(rebase::Args),
     Io(io::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
@@ -106,6 +112,9 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Compare(args) => compare::run(&args),
         Verb::Measure(args) => measure::run(&args),
         Verb::Bitmap(args) => bitmap::run(&args),
+        Verb::Resize(args) => resize::run(&args),
+        Verb::Commit(args) => commit::run(&args),
+        Verb::Rebase(args) => rebase::run(&args),
     };
     result.unwrap_or_else(|error| {
         output::report(&error);

@@ -4,6 +4,7 @@
 //! them into transfers, starts all transfers of a request before it waits for
 //! the first, and copies only what has to be copied.
 
+mod commit;
 mod compressed;
 mod data;
 mod flight;
@@ -11,6 +12,8 @@ mod housekeeper;
 mod parts;
 mod ranges;
 mod read;
+mod rebase;
+mod resize;
 mod write;
 mod zero;
 
@@ -20,9 +23,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Image, Presence};
 use crate::runtime;
 
+pub use commit::Commit;
 pub(crate) use compressed::is_zero;
 pub use housekeeper::Housekeeper;
 use ranges::Ranges;
+pub use rebase::Progress;
+pub use resize::RawDisk;
 
 /// How an engine treats requests.
 #[derive(Clone, Debug)]
@@ -146,33 +152,6 @@ impl Engine {
     /// request is under way, and none may come.
     pub async fn close(&self) -> Result<()> {
         self.top().close().await
-    }
-
-    /// Enlarges the disk to `size` bytes, a multiple of 512. The new part reads
-    /// as zeros, also where a longer backing file has data.
-    ///
-    /// No request may be under way on the disk's last cluster.
-    pub async fn grow(&self, size: u64) -> Result<()> {
-        let image = self.top();
-        let old = image.size();
-        let slot = 0;
-        self.prepare().await?;
-        image.grow_in_memory(size).await?;
-        let stored = async {
-            if !self.reads_zero(1, old, size - old).await? {
-                let _presence = image.enter(slot);
-                self.zero_range(slot, old, size - old, true).await?;
-            }
-            // The zeros are durable before the size shows them.
-            image.flush().await?;
-            image.store_size().await
-        }
-        .await;
-        if stored.is_err() {
-            image.ungrow(old);
-        }
-        let bitmaps = image.end_bitmap_resize().await;
-        stored.and(bitmaps)
     }
 
     /// Lets a change of `len` bytes from `offset` begin: every change of the

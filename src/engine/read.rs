@@ -40,7 +40,12 @@ impl Engine {
     }
 
     /// Finds who has the first bytes of the range, and how many of them.
-    async fn resolve(&self, first: usize, at: u64, mut len: u64) -> Result<(Found<'_>, u64)> {
+    pub(super) async fn resolve(
+        &self,
+        first: usize,
+        at: u64,
+        mut len: u64,
+    ) -> Result<(Found<'_>, u64)> {
         for (depth, layer) in self.chain.layers().iter().enumerate().skip(first) {
             let size = layer.size();
             if depth > 0 {
@@ -97,7 +102,7 @@ impl Engine {
 }
 
 /// Who has the bytes.
-enum Found<'a> {
+pub(super) enum Found<'a> {
     Zeros,
     Host {
         layer: &'a Layer,

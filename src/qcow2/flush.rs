@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::alloc::Freed;
+use super::alloc::{Allocator, Freed};
 use super::{Image, lock};
 use crate::error::Result;
 use crate::runtime::sync;
@@ -127,6 +127,11 @@ impl Image {
         }
         // A table entry must not become durable before its block.
         self.storage.sync().await?;
+        self.write_refcount_table(&mut alloc).await
+    }
+
+    /// Writes what has changed in the refcount table.
+    pub(super) async fn write_refcount_table(&self, alloc: &mut Allocator) -> Result<()> {
         let refcounts = &mut alloc.refcounts;
         while let Some(&block) = refcounts.table_dirty.first() {
             let first = block * super::refcount::TABLE_BLOCK;

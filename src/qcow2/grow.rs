@@ -15,28 +15,8 @@ impl Image {
     /// [`Self::store_size`] makes it last, once the new part reads as it
     /// should, and [`Self::end_bitmap_resize`] comes last in any case.
     pub(crate) async fn grow_in_memory(&self, size: u64) -> Result<()> {
-        let header = self.header();
-        if !size.is_multiple_of(512) {
-            return Err(
-                Error::new(ErrorKind::Usage, "the new size must be a multiple of 512")
-                    .path(self.path()),
-            );
-        }
-        if size < self.size() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "shrinking an image is not supported yet",
-            )
-            .path(self.path())
-            .cure("use `qemu-img resize --shrink`"));
-        }
-        if self.version() < 3 && header.nb_snapshots > 0 {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a version 2 image with snapshots cannot be resized",
-            )
-            .path(self.path()));
-        }
+        self.check_resizable(size)?;
+        debug_assert!(size >= self.size());
         if size > self.geometry.max_size() {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -53,6 +33,25 @@ impl Image {
         }
         self.begin_bitmap_resize(size).await?;
         self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Refuses a size, or an image, with which the disk cannot be resized.
+    pub(super) fn check_resizable(&self, size: u64) -> Result<()> {
+        let header = self.header();
+        if !size.is_multiple_of(512) {
+            return Err(
+                Error::new(ErrorKind::Usage, "The new size must be a multiple of 512")
+                    .path(self.path()),
+            );
+        }
+        if self.version() < 3 && header.nb_snapshots > 0 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Can't resize a v2 image which has snapshots",
+            )
+            .path(self.path()));
+        }
         Ok(())
     }
 

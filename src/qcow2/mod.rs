@@ -4,6 +4,7 @@
 
 mod alloc;
 pub mod amend;
+mod backing;
 mod bitmap;
 pub mod check;
 mod compressed;
@@ -22,6 +23,7 @@ mod preallocate;
 mod preallocated;
 mod refcount;
 mod shadow;
+mod shrink;
 mod snapshot;
 pub mod spec;
 

@@ -282,6 +282,10 @@ impl Image {
     pub(in crate::qcow2) async fn trim_file(&self) -> Result<()> {
         let mut alloc = self.alloc.lock().await;
         let alloc = &mut *alloc;
+        if std::mem::take(&mut alloc.cut) {
+            // What was used when the end was looked up may be free now.
+            self.find_lower_end(alloc).await?;
+        }
         let (Some(before), Some(mut end)) = (alloc.length_before, alloc.end) else {
             return Ok(());
         };

@@ -5,6 +5,7 @@
 //! touch no shared state. Refcounts rise when a run is taken; what remains of
 //! it goes back at close.
 
+mod cut;
 mod end;
 mod release;
 
@@ -107,6 +108,8 @@ pub(crate) struct Allocator {
     returned: Vec<Run>,
     /// The file's length when the allocator first grew it.
     length_before: Option<u64>,
+    /// Whatever is unused at the file's end goes at the close.
+    cut: bool,
 }
 
 impl Allocator {
@@ -120,6 +123,7 @@ impl Allocator {
             fresh: u64::MAX,
             returned: Vec::new(),
             length_before: None,
+            cut: false,
         }
     }
 

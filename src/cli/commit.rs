@@ -1,0 +1,78 @@
+//! `commit`: an overlay's data goes into the file below it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::image::PolicyArgs;
+use super::progress::Progress;
+use super::{done, output};
+use crate::chain;
+use crate::engine::Commit;
+use crate::error::{Error, Result};
+use crate::runtime::Runtime;
+
+/// Write what an image has itself into its backing file, and empty the image
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The image
+    file: PathBuf,
+
+    /// The file of the chain to write into, in place of the next one; the
+    /// image is not emptied then
+    #[arg(short, long, value_name = "FILE")]
+    base: Option<OsString>,
+
+    /// Do not empty the image
+    #[arg(short, long)]
+    drop: bool,
+
+    /// Show how far it is, on standard error
+    #[arg(short, long)]
+    progress: bool,
+
+    /// Say nothing
+    #[arg(short, long, conflicts_with = "progress")]
+    quiet: bool,
+
+    /// Format of the image
+    #[arg(short, long, hide = true, value_parser = ["qcow2"])]
+    format: Option<String>,
+
+    #[command(flatten)]
+    policy: PolicyArgs,
+}
+
+/// Commits the image.
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let runtime = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;
+    runtime
+        .block_on(commit(args))
+        .map_err(|e| e.path(&args.file))?;
+    if !args.quiet {
+        output::print("Image committed.\n")?;
+    }
+    done()
+}
+
+async fn commit(args: &Args) -> Result<()> {
+    let empties = !args.drop && args.base.is_none();
+    let options = chain::Options {
+        writable: empties,
+        ..args.policy.chain_options()
+    };
+    let apart = chain::open_apart(&args.file, &options, args.base.as_deref()).await?;
+    let commit = Commit::new(apart)?;
+    let mut progress = Progress::new(args.progress);
+    progress.show(0, 1);
+    let copied = commit
+        .copy(&mut |done, total| progress.show(done, total))
+        .await;
+    drop(progress);
+    copied?;
+    if empties {
+        commit.empty().await
+    } else {
+        Ok(())
+    }
+}

@@ -1,0 +1,57 @@
+//! Making the file as short as it can be, once much of it has become free.
+
+use super::{Allocator, Image};
+use crate::error::Result;
+use crate::qcow2::spec::addr::HostOffset;
+
+impl Image {
+    /// The close is to cut off everything that nobody uses at the file's end,
+    /// not only what the allocator added.
+    pub(in crate::qcow2) async fn cut_at_close(&self) {
+        self.alloc.lock().await.cut = true;
+    }
+
+    /// Finds the end of what is used anew, and lets [`Self::trim_file`] cut
+    /// off all that is behind it. Refcounts are durable.
+    ///
+    /// A refcount block at the very end that counts nothing but itself goes
+    /// too. On disk: its table entry `|` the file's length. Without the block
+    /// nothing there is counted, and nothing is used.
+    pub(super) async fn find_lower_end(&self, alloc: &mut Allocator) -> Result<()> {
+        let per_block = alloc.refcounts.per_block();
+        let end = loop {
+            alloc.end = None;
+            let end = self.find_end(alloc).await?;
+            let Some(last) = end.checked_sub(1) else {
+                break end;
+            };
+            let own = HostOffset::of_cluster(last, self.geometry.cluster_bits);
+            if last / per_block == 0 || alloc.refcounts.block_of(last)? != Some(own) {
+                break end;
+            }
+            for cluster in last - last % per_block..last {
+                let count = alloc
+                    .refcounts
+                    .get(&self.refblocks, &self.storage, cluster)
+                    .await?;
+                if count != 0 {
+                    return self.end_at(alloc, end).await;
+                }
+            }
+            alloc.refcounts.set_block(last / per_block, HostOffset(0));
+            self.refblocks.forget(own, self.geometry.cluster_size());
+            self.metadata.remove(last);
+        };
+        self.end_at(alloc, end).await
+    }
+
+    async fn end_at(&self, alloc: &mut Allocator, end: u64) -> Result<()> {
+        if !alloc.refcounts.table_dirty.is_empty() {
+            self.write_refcount_table(alloc).await?;
+            self.storage.sync().await?;
+        }
+        drop(alloc.free.split_off(&end));
+        alloc.length_before = Some(0);
+        Ok(())
+    }
+}
