@@ -51,7 +51,7 @@ pub(super) struct Args {
 
     /// Keep what is written in a file in DIR [default: /var/tmp] that is lost
     /// with the device; the image is opened read-only, and others may do the
-    /// same
+    /// same. The file is not encrypted, even where the image is
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = TEMPORARY)]
     temporary: Option<PathBuf>,
 
