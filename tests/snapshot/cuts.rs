@@ -182,6 +182,14 @@ fn an_open_image_goes_on_after_a_failure() {
         let disk = SimDisk::with_image(image.clone());
         let failed = lab::block_on(async {
             let engine = lab::open(&disk, &How::default()).await.unwrap();
+            // Free clusters that are known to be zeros.
+            let (start, len) = (200 << 10, 280 << 10);
+            lab::write(&engine, 0, start, &vec![0x55; len], false)
+                .await
+                .unwrap();
+            engine.discard(0, start, len as u64).await.unwrap();
+            engine.flush().await.unwrap();
+            engine.flush().await.unwrap();
             disk.fail_nth(n, libc::EIO);
             let top = engine.chain().top();
             let failed = top.apply_snapshot(which.clone()).await.is_err();
@@ -190,7 +198,9 @@ fn an_open_image_goes_on_after_a_failure() {
                 return true;
             }
             let mut content = if failed {
-                before.active.clone()
+                let mut content = before.active.clone();
+                content[start as usize..][..len].fill(0);
+                content
             } else {
                 before.snapshots[0].2.clone()
             };
@@ -199,6 +209,16 @@ fn an_open_image_goes_on_after_a_failure() {
                 .await
                 .unwrap();
             content[4096..][..20 << 10].fill(0x66);
+            // What the attempt has left in free clusters does not show.
+            let old = content.len();
+            content.resize(old + (512 << 10), 0);
+            engine.grow(content.len() as u64).await.unwrap();
+            for offset in (old + 1024..content.len()).step_by(4096) {
+                lab::write(&engine, 0, offset as u64, &[0x77; 512], false)
+                    .await
+                    .unwrap();
+                content[offset..][..512].fill(0x77);
+            }
             engine.close().await.unwrap();
             let shown = Shown::of(&disk.image());
             assert!(shown.active == content, "{n}");

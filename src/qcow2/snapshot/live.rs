@@ -53,6 +53,15 @@ impl Image {
         // The header is exchanged as a whole: nobody else changes it meanwhile.
         let bitmaps = self.bitmaps.state.lock().await;
         self.settle().await?;
+        let done = self.build_and_switch(job).await;
+        match &done {
+            Ok(()) => self.note_bitmaps(&bitmaps),
+            Err(_) => self.doubt_free_space().await,
+        }
+        done
+    }
+
+    async fn build_and_switch(&self, job: &SnapshotJob) -> Result<()> {
         let ready = job.build(self.storage(), self.header()).await?;
         let l1 = self.read_l1(&ready).await?;
         if let Err(error) = self.write_header(SIZE_AT, &ready.switch()).await {
@@ -65,7 +74,6 @@ impl Image {
         }
         self.storage().sync().await?;
         self.take_over(&ready, &l1).await;
-        self.note_bitmaps(&bitmaps);
         if self.punch_frees {
             ready.punch_freed(self.storage()).await;
         }
@@ -83,6 +91,15 @@ impl Image {
             self.flush().await?;
         }
         Ok(())
+    }
+
+    /// An attempt that failed may have written to any free cluster: none is
+    /// known to read as zeros any more.
+    async fn doubt_free_space(&self) {
+        let mut alloc = self.alloc.lock().await;
+        let refcounts = &alloc.refcounts;
+        let refcounts = refcounts.moved(refcounts.table_offset, refcounts.table.clone());
+        *alloc = Allocator::new(refcounts);
     }
 
     async fn read_l1(&self, ready: &Ready) -> Result<Vec<u64>> {
