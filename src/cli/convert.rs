@@ -48,7 +48,8 @@ pub(super) struct Args {
     #[arg(short, long)]
     compress: bool,
 
-    /// Effort of -c: 1 to 9 with zlib, 1 to 22 with zstd
+    /// Effort of -c: 1 to 9 with zlib (9 by default), 1 to 22 with zstd (3 by
+    /// default)
     #[arg(long, value_name = "N", requires = "compress", value_parser = clap::value_parser!(i32).range(1..=22))]
     compression_level: Option<i32>,
 

@@ -13,6 +13,7 @@ use super::target::{Before, Target};
 use super::{Options, Source};
 use crate::disk::blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::CompressionType;
 
 /// Bytes of a job, or a cluster if that is more.
 const JOB: u64 = 1 << 20;
@@ -42,7 +43,7 @@ pub(super) fn copy(
             let image = engine.chain().top();
             image.check_compressible()?;
             let kind = image.compression();
-            Some((kind, level.unwrap_or_else(|| kind.default_level())))
+            Some((kind, level.unwrap_or_else(|| dense_level(kind))))
         }
         _ => None,
     };
@@ -75,6 +76,15 @@ pub(super) fn copy(
         // Dropping the sender ends the workers.
         copy.drive(jobs, &brought, workers as u64, progress)
     })
+}
+
+/// The level at which a copy is not larger than the one that qemu-img makes:
+/// what is compressed once and for all is worth the highest level of deflate.
+fn dense_level(kind: CompressionType) -> i32 {
+    match kind {
+        CompressionType::Deflate => 9,
+        CompressionType::Zstd => kind.default_level(),
+    }
 }
 
 impl Copy<'_> {

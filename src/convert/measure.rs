@@ -6,6 +6,8 @@ use crate::disk::blocking;
 use crate::error::Result;
 use crate::qcow2::create::{CreateOptions, Preallocation};
 use crate::qcow2::spec::Geometry;
+use crate::qcow2::spec::bitmap::Bitmap;
+use crate::qcow2::{Image, info};
 
 /// Lengths in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +55,34 @@ pub fn measure_image(source: &Source, format: Format, options: &CreateOptions) -
     let mut measure = new_image(size, stored, options)?;
     if let Some(engine) = source.engine()
         && engine.chain().top().version() >= 3
+        && options.version >= 3
     {
-        measure.bitmaps = Some(0);
+        let image = engine.chain().top();
+        measure.bitmaps = Some(blocking(bitmaps(image, size, options))?);
     }
     Ok(measure)
+}
+
+/// What the bitmaps of `image` take in a new one: directory, tables, and every
+/// bit of them.
+async fn bitmaps(image: &Image, size: u64, options: &CreateOptions) -> Result<u64> {
+    let found = info::info(image.storage()).await?.bitmaps;
+    let geometry = CreateOptions {
+        size,
+        ..options.clone()
+    }
+    .build()?
+    .header
+    .geometry();
+    let whole = |bytes: u64| bytes.next_multiple_of(geometry.cluster_size());
+    let (mut directory, mut len) = (0, 0);
+    for bitmap in &found {
+        let clusters = Bitmap::table_entries_for(bitmap.granularity_bits, size, &geometry);
+        len += clusters * geometry.cluster_size() + whole(clusters * 8);
+        // An entry's fixed part, and its name.
+        directory += (24 + bitmap.name.len() as u64).next_multiple_of(8);
+    }
+    Ok(len + whole(directory))
 }
 
 /// Bytes of the clusters that hold data.

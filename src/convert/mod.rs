@@ -49,7 +49,8 @@ pub struct Options<'a> {
     pub path: PathBuf,
     /// What is there, or is to be made.
     pub output: Output,
-    /// Write compressed clusters; at this level or the codec's usual one.
+    /// Write compressed clusters; at this level, or at one that makes them no
+    /// larger than qemu-img does.
     pub compress: Option<Option<i32>>,
     /// Zeros at least this many bytes long take no space, 512 or more; 0 makes
     /// everything take its space.

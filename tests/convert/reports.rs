@@ -123,6 +123,29 @@ fn measures_are_those_of_qemu() {
             both(&["-O", "qcow2", "-o", options, "--size", size]);
         }
     }
+    // Bitmaps, as far as both ends can have some.
+    let with = folder.file("bitmaps");
+    qemu_img(&["create", "-q", "-f", "qcow2", &with, "100M"]);
+    for more in [&[][..], &["-g", "512"], &["-g", "2M"]] {
+        let bitmap = ["bitmap", "--add"];
+        let named = format!("bitmap {}", more.len() + more.concat().len());
+        qemu_img(&[&bitmap, more, &[&with, &named]].concat());
+        for options in ["cluster_size=64k", "cluster_size=512", "compat=0.10"] {
+            both(&["-O", "qcow2", "-o", options, &with]);
+        }
+    }
+    let old = folder.file("old");
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        &old,
+        "1M",
+    ]);
+    both(&["-O", "qcow2", &old]);
     let raw = folder.file("raw");
     write_sparse(Path::new(&raw), &disk((5 << 20) + 1536, 3));
     let qcow2 = folder.file("qcow2");
