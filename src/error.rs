@@ -137,6 +137,13 @@ impl Error {
         self
     }
 
+    /// The offset counted from elsewhere: `base` is where 0 was meant to be.
+    #[must_use]
+    pub fn shift(mut self, base: u64) -> Self {
+        self.0.offset = self.0.offset.map(|offset| offset.saturating_add(base));
+        self
+    }
+
     /// Says what the user can do about it, as a sentence without a final stop.
     #[must_use]
     pub fn cure(mut self, cure: impl Into<String>) -> Self {

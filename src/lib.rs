@@ -88,6 +88,7 @@ pub mod cli;
 pub mod codec;
 pub mod config;
 pub mod convert;
+pub mod crypto;
 pub mod daemon;
 mod disk;
 pub mod engine;

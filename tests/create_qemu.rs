@@ -120,6 +120,7 @@ fn the_same_bytes_as_qemu_img() {
             lazy_refcounts: lazy,
             preallocation: Preallocation::Off,
             nocow: false,
+            luks: None,
             backing: backed.then(|| backing.clone()),
         };
         write(&options.build().unwrap(), &ours);

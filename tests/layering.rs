@@ -8,10 +8,14 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("runtime", &[]),
     ("codec", &[]),
+    ("crypto", &[]),
     ("storage", &["runtime"]),
-    ("qcow2", &["codec", "storage", "runtime"]),
-    ("chain", &["qcow2", "storage", "runtime"]),
-    ("engine", &["chain", "qcow2", "codec", "storage", "runtime"]),
+    ("qcow2", &["codec", "crypto", "storage", "runtime"]),
+    ("chain", &["crypto", "qcow2", "storage", "runtime"]),
+    (
+        "engine",
+        &["chain", "codec", "crypto", "qcow2", "storage", "runtime"],
+    ),
     ("ublk", &["runtime"]),
     ("disk", &["engine", "chain", "qcow2", "runtime"]),
     ("offline", &["disk", "qcow2", "storage"]),
@@ -22,7 +26,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("report", &["disk", "chain", "qcow2", "storage"]),
-    ("config", &["ublk", "engine", "chain", "qcow2", "storage"]),
+    (
+        "config",
+        &["ublk", "engine", "chain", "crypto", "qcow2", "storage"],
+    ),
     (
         "daemon",
         &[

@@ -110,7 +110,7 @@ fn backing_file_data_file_and_encryption() {
     assert_eq!(header.crypt_method, CryptMethod::Luks);
     let (offset, len) = header.crypto_header().unwrap();
     assert!(offset.is_aligned(16) && len > 4096);
-    assert_eq!(header.unsupported(), ["LUKS encryption"]);
+    assert!(header.unsupported().is_empty());
     let header = sized("encrypt.format=aes,encrypt.key-secret=k", "aes");
     assert_eq!(header.crypt_method, CryptMethod::Aes);
 }

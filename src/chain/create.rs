@@ -24,7 +24,12 @@ pub async fn backing_size(name: &OsStr, format: &str, inside: &Path) -> Result<u
     let layer = match format {
         "raw" => Layer::Raw(storage),
         "qcow2" => {
-            let image = Image::open(storage, &ImageOptions::default()).await?;
+            // Its size alone: that needs no key.
+            let options = ImageOptions {
+                metadata_only: true,
+                ..ImageOptions::default()
+            };
+            let image = Image::open(storage, &options).await?;
             Layer::Qcow2(Box::new(image))
         }
         _ => {

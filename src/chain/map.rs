@@ -119,7 +119,7 @@ impl Chain {
                 Mapping::Zero { host, .. } => {
                     entry.present = true;
                     entry.zero = true;
-                    entry.offset = host.map(|host| host.0);
+                    entry.offset = host.filter(|_| !image.is_encrypted()).map(|host| host.0);
                     break;
                 }
                 Mapping::Compressed(_) => {
@@ -131,6 +131,11 @@ impl Chain {
                 Mapping::Data { host, .. } => {
                     entry.present = true;
                     entry.data = true;
+                    if image.is_encrypted() {
+                        // What is there is not what the disk shows, and a
+                        // hole does not read as zeros.
+                        break;
+                    }
                     entry.offset = Some(host.0);
                     let sparse = match sparse_files[depth] {
                         Some(sparse) => sparse,

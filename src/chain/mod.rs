@@ -10,7 +10,8 @@ mod temporary;
 
 use std::os::fd::RawFd;
 
-use crate::qcow2::Image;
+use crate::error::Result;
+use crate::qcow2::{DataCipher, Image};
 use crate::storage::Storage;
 
 pub use create::{backing_path, backing_size, create};
@@ -35,6 +36,15 @@ impl Layer {
         match self {
             Self::Qcow2(image) => image.storage(),
             Self::Raw(storage) => storage,
+        }
+    }
+
+    /// The cipher of its data, if that is encrypted; an error without the key.
+    #[inline]
+    pub(crate) fn cipher(&self) -> Result<Option<&DataCipher>> {
+        match self {
+            Self::Qcow2(image) => image.cipher(),
+            Self::Raw(_) => Ok(None),
         }
     }
 
@@ -84,6 +94,13 @@ impl Chain {
     /// Top to base.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// True when a layer is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.layers
+            .iter()
+            .any(|layer| matches!(layer, Layer::Qcow2(image) if image.is_encrypted()))
     }
 
     /// The files, for registration with a ring.

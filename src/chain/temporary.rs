@@ -6,10 +6,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::Chain;
 use super::create::write;
+use crate::crypto::{Effort, Secret, luks1};
 use crate::error::{Error, Result};
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::{Image, ImageOptions};
@@ -28,9 +31,22 @@ pub(super) async fn cover(below: Chain, folder: &Path, options: &ImageOptions) -
         locks: Locks::None,
     };
     let storage = Storage::from_fd(file, folder, &how)?.short_lived();
-    let image = CreateOptions::new(below.layers()[0].size()).build();
-    write(&storage, &image.map_err(named)?).await?;
-    let top = Image::open(storage, options).await?;
+    let mut image = CreateOptions::new(below.layers()[0].size());
+    let mut options = options.clone();
+    options.keys = None;
+    if below.is_encrypted() {
+        // What is copied from below must not get onto a disk in the clear.
+        // Nobody else will ever need the key.
+        let key = Secret::random()?;
+        let format = luks1::Format {
+            effort: Effort(Duration::ZERO),
+            ..luks1::Format::default()
+        };
+        image.luks = Some(format.make(key.expose())?.into());
+        options.keys = Some(Arc::new(key));
+    }
+    write(&storage, &image.build().map_err(named)?).await?;
+    let top = Image::open(storage, &options).await?;
     Ok(below.covered_by(top))
 }
 

@@ -1,13 +1,17 @@
 //! `add`: an image becomes a device.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf, absolute};
 use std::process::ExitCode;
 
 use super::image::{PolicyArgs, TEMPORARY};
 use super::{done, log, output, size};
-use crate::config::{CacheSetting, DataPathSetting, DiscardSetting, Settings};
+use crate::config::{Ask, CacheSetting, DataPathSetting, DiscardSetting, Plan, Settings};
+use crate::crypto::Secret;
 use crate::daemon::{self, Hangup, Started};
 use crate::error::{Error, Result};
+use crate::qcow2::spec::header::CryptMethod;
+use crate::report;
 
 /// Serve an image as a block device; prints the device when it can be used
 #[derive(Debug, clap::Args)]
@@ -86,8 +90,8 @@ fn block_size(text: &str) -> Result<u32, String> {
 
 impl Args {
     /// What the command line says.
-    fn settings(self) -> Settings {
-        Settings {
+    fn settings(self) -> Result<Settings> {
+        let mut settings = Settings {
             image: self.image,
             number: self.number,
             queues: self.queues,
@@ -103,7 +107,10 @@ impl Args {
             allow_path: self.policy.allow_path,
             trust_chain: self.policy.trust_chain.then_some(true),
             backing_format: self.policy.backing_format,
-        }
+            ..Settings::default()
+        };
+        self.policy.keys.into_settings(&mut settings)?;
+        Ok(settings)
     }
 }
 
@@ -114,11 +121,17 @@ pub(super) fn run(args: Args, detached: bool, verbose: u8) -> Result<ExitCode> {
     let config = args.config.clone();
     let by_systemd = std::env::var_os("NOTIFY_SOCKET").is_some();
     let foreground = args.foreground || by_systemd;
-    let mut settings = args.settings();
+    let mut settings = args.settings()?;
     if let Some(text) = config {
         settings = settings.over(Settings::read(&Settings::locate(&text))?);
     }
-    let mut plan = settings.plan()?;
+    // The process in the background is given what was typed here.
+    let ask = if detached {
+        Ask::StandardInput
+    } else {
+        Ask::Terminal
+    };
+    let mut plan = settings.plan(ask)?;
     // The process will go to the root directory.
     let whole = |path: &Path| {
         absolute(path).map_err(|e| Error::io("find out the whole path", e).path(path))
@@ -146,11 +159,39 @@ pub(super) fn run(args: Args, detached: bool, verbose: u8) -> Result<ExitCode> {
         })?;
         return done();
     }
-    match daemon::start(super::DETACHED)? {
+    let typed = ask_ahead(&plan)?;
+    match daemon::start(super::DETACHED, typed.as_ref().map(Secret::expose))? {
         Started::Ready(path) => {
             output::print(&format!("{}\n", path.display()))?;
             done()
         }
         Started::Failed(code) => Ok(ExitCode::from(code)),
+    }
+}
+
+/// Asks for the passphrase that the process in the background, which has no
+/// terminal, will need.
+fn ask_ahead(plan: &Plan) -> Result<Option<Secret>> {
+    if !plan.keys.is_silent() || !std::io::stdin().is_terminal() {
+        return Ok(None);
+    }
+    let layers = report::info(&plan.image, &plan.chain)?;
+    let without_key = layers.iter().find(|layer| {
+        let own = plan
+            .keys
+            .layers
+            .keys()
+            .any(|image| image.file_name() == layer.path.file_name());
+        !own && layer
+            .image
+            .as_ref()
+            .is_some_and(|image| image.header.crypt_method != CryptMethod::None)
+    });
+    match without_key {
+        None => Ok(None),
+        Some(layer) => {
+            let what = format!("the passphrase of {}", layer.path.display());
+            plan.keys.read(&what)
+        }
     }
 }

@@ -114,6 +114,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             "-n (Linux native AIO) is not supported: the engine uses io_uring",
         ));
     }
+    let usual = args.policy.chain_options()?;
     let options = chain::Options {
         writable: args.write,
         cache: CacheMode::from(args.cache),
@@ -121,9 +122,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         snapshot: args.snapshot.selector(),
         image: ImageOptions {
             queues: usize::from(args.threads),
-            ..ImageOptions::default()
+            ..usual.image.clone()
         },
-        ..args.policy.chain_options()
+        ..usual
     };
     let main = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;
     let chain = main.block_on(chain::open(&args.image, &options))?;

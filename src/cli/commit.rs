@@ -59,7 +59,7 @@ async fn commit(args: &Args) -> Result<()> {
     let empties = !args.drop && args.base.is_none();
     let options = chain::Options {
         writable: empties,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let apart = chain::open_apart(&args.file, &options, args.base.as_deref()).await?;
     let commit = Commit::new(apart)?;

@@ -59,7 +59,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
         force_share: args.force_share,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let open =
         |path: &Path, format: &str| Source::open(path, super::convert::format(format), &options);

@@ -111,7 +111,7 @@ pub(super) struct Args {
 /// Makes the copy.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     check(args)?;
-    let chain = args.policy.chain_options();
+    let chain = args.policy.chain_options()?;
     let from = chain::Options {
         force_share: args.force_share,
         snapshot: selector(args.snapshot.as_deref()),

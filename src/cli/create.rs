@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use super::encrypt::Encrypt;
+use super::image::KeyArgs;
 use super::{done, size};
 use crate::chain;
 use crate::codec::CompressionType;
@@ -35,7 +37,9 @@ pub(super) struct Args {
 
     /// Options with qemu-img's names: cluster_size, compat, refcount_bits,
     /// lazy_refcounts, extended_l2, compression_type, backing_file,
-    /// backing_fmt, size, preallocation=off|metadata|falloc|full, nocow
+    /// backing_fmt, size, preallocation=off|metadata|falloc|full, nocow,
+    /// encrypt.format=luks with encrypt.cipher-alg, cipher-mode, ivgen-alg,
+    /// ivgen-hash-alg, hash-alg, iter-time
     #[arg(short, value_name = "NAME=VALUE,...")]
     options: Vec<String>,
 
@@ -46,6 +50,14 @@ pub(super) struct Args {
     /// Format of the image
     #[arg(short, long, hide = true, value_parser = ["qcow2"])]
     format: Option<String>,
+
+    /// With encrypt.format=luks: LUKS version 2, which no QEMU opens; the
+    /// image is for this program alone
+    #[arg(long)]
+    luks2: bool,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 }
 
 /// Makes the image.
@@ -72,6 +84,7 @@ fn plan(args: &Args) -> Result<Plan> {
     let mut backing = args.backing.clone();
     let mut format = args.backing_format.clone();
     let mut image = CreateOptions::new(0);
+    let mut encrypt = Encrypt::default();
     for (name, value) in args.options.iter().flat_map(|text| split(text)) {
         let value = value.as_str();
         match name.as_str() {
@@ -96,7 +109,11 @@ fn plan(args: &Args) -> Result<Plan> {
             "compression_type" => image.compression_type = compression(value)?,
             "preallocation" => image.preallocation = Preallocation::parse(value)?,
             "nocow" => image.nocow = switch(&name, value)?,
-            other => refuse_unless_off(other, value)?,
+            other => {
+                if !encrypt.take(other, value)? {
+                    refuse_unless_off(other, value)?;
+                }
+            }
         }
     }
     image.backing = match (backing, format) {
@@ -124,6 +141,7 @@ fn plan(args: &Args) -> Result<Plan> {
     if size.is_none() && (image.backing.is_none() || args.backing_unsafe) {
         return Err(usage("the size is missing").cure("give it behind the file: 10G"));
     }
+    image.luks = encrypt.header(args.luks2, &args.keys)?;
     Ok(Plan { size, image })
 }
 
@@ -145,7 +163,20 @@ pub(super) fn image_options(
         options: options.to_vec(),
         quiet: false,
         format: None,
+        luks2: false,
+        keys: KeyArgs::default(),
     };
+    if options
+        .iter()
+        .flat_map(|text| split(text))
+        .any(|(name, _)| name.starts_with("encrypt."))
+    {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "only `create` makes encrypted images",
+        )
+        .cure("use `qemu-img convert`, which does"));
+    }
     if options
         .iter()
         .flat_map(|text| split(text))
@@ -198,10 +229,7 @@ fn compression(value: &str) -> Result<CompressionType> {
 
 /// Options that qemu-img has and we have not: off is what we do.
 fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
-    let known = matches!(
-        name,
-        "data_file" | "data_file_raw" | "encryption" | "extent_size_hint"
-    ) || name.starts_with("encrypt.");
+    let known = matches!(name, "data_file" | "data_file_raw" | "extent_size_hint");
     if !known {
         return Err(usage(format!("there is no option {name:?}")).cure(
             "there are cluster_size, compat, refcount_bits, lazy_refcounts, extended_l2, \

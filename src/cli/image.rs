@@ -4,9 +4,11 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use super::size;
 use crate::chain;
-use crate::config::BackingFormat;
-use crate::qcow2::Selector;
+use crate::config::{Ask, BackingFormat, KeySources, Settings, parse_key_file};
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::{ImageOptions, Selector};
 
 /// What an image may make us open.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -23,20 +25,98 @@ pub(super) struct PolicyArgs {
     /// Format of backing files whose image does not record it
     #[arg(long, value_name = "FORMAT")]
     pub(super) backing_format: Option<BackingFormat>,
+
+    #[command(flatten)]
+    pub(super) keys: KeyArgs,
+}
+
+/// Where the passphrases of encrypted images come from.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Encryption")]
+pub(super) struct KeyArgs {
+    /// File whose content is the passphrase, to the last byte; with IMAGE=,
+    /// that of this image of the chain alone. Repeatable
+    #[arg(long, value_name = "[IMAGE=]FILE")]
+    key_file: Vec<String>,
+
+    /// Open file descriptor with the passphrase
+    #[arg(long, value_name = "N", conflicts_with = "key_credential")]
+    key_fd: Option<i32>,
+
+    /// Credential of the systemd service with the passphrase
+    #[arg(long, value_name = "NAME")]
+    key_credential: Option<String>,
+
+    /// Memory that deriving a key may take [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    key_memory: Option<u64>,
+
+    /// Iterations that deriving a key may take [default: 100000000]
+    #[arg(long, value_name = "N")]
+    key_iterations: Option<u64>,
+}
+
+impl KeyArgs {
+    /// Notes what is said here.
+    pub(super) fn into_settings(self, settings: &mut Settings) -> Result<()> {
+        for text in self.key_file {
+            match parse_key_file(&text) {
+                (Some(image), file) => {
+                    settings.layer_keys.insert(image, file);
+                }
+                (None, file) if settings.key_file.is_none() => settings.key_file = Some(file),
+                (None, _) => {
+                    return Err(Error::new(
+                        ErrorKind::Usage,
+                        "there are two key files for the same images",
+                    )
+                    .cure("say which image a file is for: --key-file IMAGE=FILE"));
+                }
+            }
+        }
+        let sources = [
+            settings.key_file.is_some(),
+            self.key_fd.is_some(),
+            self.key_credential.is_some(),
+        ];
+        if sources.into_iter().filter(|&said| said).count() > 1 {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "the passphrase comes from a file, a descriptor or a credential: one of them",
+            ));
+        }
+        settings.key_fd = self.key_fd;
+        settings.key_credential = self.key_credential;
+        settings.key_memory = self.key_memory;
+        settings.key_iterations = self.key_iterations;
+        Ok(())
+    }
+
+    /// Where passphrases come from; what nothing gives is asked for at the
+    /// terminal.
+    pub(super) fn sources(&self) -> Result<KeySources> {
+        let mut settings = Settings::default();
+        self.clone().into_settings(&mut settings)?;
+        Ok(settings.key_sources(Ask::Terminal))
+    }
 }
 
 impl PolicyArgs {
     /// Options to open a chain with, read-only and through the page cache
     /// until told otherwise.
-    pub(super) fn chain_options(&self) -> chain::Options {
-        chain::Options {
+    pub(super) fn chain_options(&self) -> Result<chain::Options> {
+        Ok(chain::Options {
             policy: chain::Policy {
                 trust_chain: self.trust_chain,
                 allow_paths: self.allow_path.clone(),
             },
             backing_format: self.backing_format.map(|format| format.name().to_owned()),
+            image: ImageOptions {
+                keys: Some(self.keys.sources()?.keyring()),
+                ..ImageOptions::default()
+            },
             ..chain::Options::default()
-        }
+        })
     }
 }
 

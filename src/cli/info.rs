@@ -58,7 +58,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
         force_share: args.force_share,
         no_backing: !args.backing_chain,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let layers = report::info(&args.file, &options)?;
     for layer in &layers {

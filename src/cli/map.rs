@@ -48,7 +48,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
         force_share: args.force_share,
         snapshot: args.snapshot.selector(),
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let json = args.report.json();
     let mut text = if json {
@@ -113,7 +113,7 @@ fn write_row(text: &mut String, entry: &MapEntry, file: &Path) -> Result<()> {
     let Some(offset) = entry.offset else {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            "the image has compressed clusters, for which the table has no column",
+            "the image has compressed or encrypted clusters, for which the table has no column",
         )
         .path(file)
         .cure("use --json"));

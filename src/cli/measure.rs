@@ -106,7 +106,7 @@ fn measure(args: &Args) -> Result<Measure> {
             let how = chain::Options {
                 force_share: args.force_share,
                 snapshot: super::convert::selector(args.snapshot.as_deref()),
-                ..args.policy.chain_options()
+                ..args.policy.chain_options()?
             };
             let source = Source::open(file, super::convert::format(&args.format), &how)?;
             measure_image(&source, format, &options(source.size())?)

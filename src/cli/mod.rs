@@ -13,10 +13,12 @@ mod compare;
 mod convert;
 mod create;
 mod del;
+mod encrypt;
 mod features;
 mod image;
 mod info;
 mod io;
+mod key;
 mod list;
 mod log;
 mod map;
@@ -74,6 +76,7 @@ enum Verb {
     Commit(commit::Args),
     Rebase(rebase::Args),
     Io(io::Args),
+    Key(key::Args),
     Bench(Box<bench::Args>),
     Features(features::Args),
 }
@@ -100,6 +103,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Del(args) => del::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Io(args) => io::run(&args),
+        Verb::Key(args) => key::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Features(args) => features::run(&args),
         Verb::Info(args) => info::run(&args),

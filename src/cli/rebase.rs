@@ -96,7 +96,7 @@ async fn rebase(args: &Args) -> Result<()> {
     let backing = plan(args)?;
     let options = chain::Options {
         writable: true,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let opened = chain::Options {
         no_backing: args.unchecked,

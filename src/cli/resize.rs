@@ -125,7 +125,7 @@ async fn raw(args: &Args) -> Result<()> {
 async fn qcow2(args: &Args) -> Result<()> {
     let options = chain::Options {
         writable: true,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let chain = chain::open(&args.file, &options).await?;
     let engine = Arc::new(Engine::new(chain, engine::Options::default()));

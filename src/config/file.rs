@@ -38,6 +38,18 @@ impl Settings {
         for allowed in &mut settings.allow_path {
             *allowed = folder.join(&*allowed);
         }
+        if let Some(file) = &mut settings.key_file {
+            *file = folder.join(&*file);
+        }
+        settings.layer_keys = std::mem::take(&mut settings.layer_keys)
+            .into_iter()
+            .map(|(image, file)| {
+                // A name alone is that of an image anywhere in the chain.
+                let alone = image.components().count() == 1;
+                let image = if alone { image } else { folder.join(image) };
+                (image, folder.join(file))
+            })
+            .collect();
         Ok(settings)
     }
 
@@ -69,13 +81,17 @@ mod tests {
             "image = \"a.qcow2\"\nnumber = 3\nqueues = 2\ndepth = 64\n\
              logical-block-size = 4096\nread-only = true\ndata-path = \"user-copy\"\n\
              cache = \"writeback\"\ndiscard = \"ignore\"\npart-scan = false\n\
-             allow-path = [\"/srv/base\"]\ntrust-chain = true\nbacking-format = \"raw\"\n",
+             allow-path = [\"/srv/base\"]\ntrust-chain = true\nbacking-format = \"raw\"\n\
+             key-file = \"k\"\nkey-memory = 5\nkey-iterations = 6\n\
+             [layer-keys]\n\"base.qcow2\" = \"base-key\"\n",
         )
         .unwrap();
         assert_eq!(settings.data_path, Some(DataPathSetting::UserCopy));
         assert_eq!(settings.cache, Some(CacheSetting::Writeback));
         assert_eq!(settings.discard, Some(DiscardSetting::Ignore));
         assert_eq!(settings.part_scan, Some(false));
+        assert_eq!(settings.key_file, Some("k".into()));
+        assert_eq!(settings.layer_keys.len(), 1);
         assert_eq!(settings.allow_path, [PathBuf::from("/srv/base")]);
     }
 

@@ -2,17 +2,23 @@
 //! from both. A key of the file is the name of the long option.
 
 mod file;
+mod keys;
+mod prompt;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
 use crate::chain;
+use crate::crypto::Limits;
 use crate::engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{ImageOptions, Selector};
 use crate::storage::CacheMode;
 use crate::ublk::{self, DataPath};
+
+pub use keys::{Ask, KeySources, parse_key_file};
 
 /// Queues of a device that nobody has given a number of, at most.
 const DEFAULT_QUEUES: usize = 4;
@@ -52,6 +58,19 @@ pub struct Settings {
     pub trust_chain: Option<bool>,
     /// Format of backing files whose image records none.
     pub backing_format: Option<BackingFormat>,
+    /// File with the passphrase of encrypted images.
+    pub key_file: Option<PathBuf>,
+    /// File descriptor with the passphrase.
+    #[serde(skip)]
+    pub key_fd: Option<i32>,
+    /// Credential of the service with the passphrase.
+    pub key_credential: Option<String>,
+    /// Files with the passphrases of single images of the chain, by image.
+    pub layer_keys: BTreeMap<PathBuf, PathBuf>,
+    /// Bytes of memory that deriving a key may take.
+    pub key_memory: Option<u64>,
+    /// Iterations that deriving a key may take.
+    pub key_iterations: Option<u64>,
 }
 
 /// A data path, or the best there is.
@@ -143,11 +162,52 @@ impl Settings {
             },
             trust_chain: self.trust_chain.or(lower.trust_chain),
             backing_format: self.backing_format.or(lower.backing_format),
+            key_memory: self.key_memory.or(lower.key_memory),
+            key_iterations: self.key_iterations.or(lower.key_iterations),
+            layer_keys: if self.layer_keys.is_empty() {
+                lower.layer_keys
+            } else {
+                self.layer_keys
+            },
+            // One source: what is said above takes the place of any below.
+            ..if self.key_file.is_some() || self.key_fd.is_some() || self.key_credential.is_some() {
+                Self {
+                    key_file: self.key_file,
+                    key_fd: self.key_fd,
+                    key_credential: self.key_credential,
+                    ..Self::default()
+                }
+            } else {
+                Self {
+                    key_file: lower.key_file,
+                    key_fd: lower.key_fd,
+                    key_credential: lower.key_credential,
+                    ..Self::default()
+                }
+            }
+        }
+    }
+
+    /// What is said about passphrases.
+    pub fn key_sources(&self, ask: Ask) -> KeySources {
+        let usual = Limits::default();
+        KeySources {
+            file: self.key_file.clone(),
+            fd: self.key_fd,
+            credential: self.key_credential.clone(),
+            layers: self.layer_keys.clone(),
+            ask,
+            limits: Limits {
+                memory: self.key_memory.unwrap_or(usual.memory),
+                iterations: self.key_iterations.unwrap_or(usual.iterations),
+            },
         }
     }
 
     /// What the settings mean, with the usual values where they say nothing.
-    pub fn plan(self) -> Result<Plan> {
+    /// `ask` is asked for passphrases that nothing gives.
+    pub fn plan(self, ask: Ask) -> Result<Plan> {
+        let keys = self.key_sources(ask);
         let image = self.image.ok_or_else(|| {
             Error::new(ErrorKind::Usage, "the image is missing")
                 .cure("name it, or give a --config FILE that does")
@@ -211,10 +271,12 @@ impl Settings {
                 temporary: self.temporary,
                 image: ImageOptions {
                     queues: usize::from(queues),
+                    keys: Some(keys.clone().keyring()),
                     ..ImageOptions::default()
                 },
                 ..chain::Options::default()
             },
+            keys,
             cache_may_change: self.cache.is_none(),
             engine: engine::Options {
                 discard: self.discard.unwrap_or_default() == DiscardSetting::Unmap,
@@ -236,6 +298,8 @@ pub struct Plan {
     /// Nobody insists on the cache mode: where direct I/O is not possible,
     /// the page cache will do.
     pub cache_may_change: bool,
+    /// Where passphrases come from.
+    pub keys: KeySources,
     /// How requests are treated.
     pub engine: engine::Options,
 }
@@ -257,7 +321,7 @@ mod tests {
             queues: Some(2),
             ..Settings::default()
         };
-        let plan = line.over(file).plan().unwrap();
+        let plan = line.over(file).plan(Ask::Nobody).unwrap();
         assert_eq!(plan.image, PathBuf::from("/file.qcow2"));
         assert_eq!(plan.device.queues, 2);
         assert_eq!(plan.chain.image.queues, 2);
@@ -267,12 +331,17 @@ mod tests {
 
     #[test]
     fn what_is_impossible_is_refused() {
-        assert!(Settings::default().plan().is_err());
+        assert!(Settings::default().plan(Ask::Nobody).is_err());
         let odd = Settings {
             image: Some("a".into()),
             logical_block_size: Some(1024),
             ..Settings::default()
         };
-        assert!(odd.plan().unwrap_err().to_string().contains("1024"));
+        assert!(
+            odd.plan(Ask::Nobody)
+                .unwrap_err()
+                .to_string()
+                .contains("1024")
+        );
     }
 }

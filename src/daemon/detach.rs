@@ -20,7 +20,8 @@ pub enum Started {
 
 /// Starts this program again with `flag` before its other arguments, and waits
 /// until it says on its standard output that the device is ready, or ends.
-pub fn start(flag: &str) -> Result<Started> {
+/// Its standard input is `given`.
+pub fn start(flag: &str, given: Option<&[u8]>) -> Result<Started> {
     let failed = |e| Error::io("start the background process", e);
     // Not /proc/self/exe by that name: the process would be called "exe".
     let program = std::env::current_exe()
@@ -33,10 +34,14 @@ pub fn start(flag: &str) -> Result<Started> {
         .arg0(own_name)
         .arg(flag)
         .args(args)
-        .stdin(Stdio::null())
+        .stdin(given.map_or_else(Stdio::null, |_| Stdio::piped()))
         .stdout(Stdio::piped())
         .spawn()
         .map_err(failed)?;
+    if let (Some(mut input), Some(given)) = (child.stdin.take(), given) {
+        // A process that has ended already says why.
+        let _ = input.write_all(given);
+    }
     let mut said = String::new();
     if let Some(output) = child.stdout.take() {
         BufReader::new(output)

@@ -2,11 +2,11 @@
 //! uncompressed cluster does it here. Knows where they are, not why.
 
 use super::Engine;
+use super::cipher::{Moving, Sealed};
 use crate::block::Payload;
 use crate::chain::Layer;
 use crate::error::Result;
 use crate::qcow2::{GuestOffset, HostOffset};
-use crate::storage::Transfer;
 
 impl Engine {
     /// Starts filling `part` with the bytes that `layer` has at `host` of the
@@ -17,9 +17,16 @@ impl Engine {
         guest: u64,
         host: u64,
         part: &Payload,
-    ) -> Transfer<'a> {
-        let _ = guest;
-        layer.storage().start_read(host, part)
+    ) -> Moving<'a> {
+        let storage = layer.storage();
+        match layer.cipher() {
+            Ok(None) => Moving::Plain(storage.start_read(host, part)),
+            Ok(Some(cipher)) => {
+                let (guest, host) = (GuestOffset(guest), HostOffset(host));
+                Sealed { storage, cipher }.read(guest, host, *part)
+            }
+            Err(error) => Moving::Refused(Some(error)),
+        }
     }
 
     /// Starts writing `part`, the disk's bytes from `guest` on, to `host`.
@@ -28,9 +35,13 @@ impl Engine {
         guest: GuestOffset,
         host: HostOffset,
         part: &Payload,
-    ) -> Transfer<'_> {
-        let _ = guest;
-        self.top().storage().start_write(host.0, part)
+    ) -> Moving<'_> {
+        let storage = self.top().storage();
+        match self.top().cipher() {
+            Ok(None) => Moving::Plain(storage.start_write(host.0, part)),
+            Ok(Some(cipher)) => Sealed { storage, cipher }.write(guest, host, *part),
+            Err(error) => Moving::Refused(Some(error)),
+        }
     }
 
     /// Writes the disk's bytes from `guest` on to `host`.
@@ -53,7 +64,14 @@ impl Engine {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let _ = guest;
-        self.top().storage().write_zeroes(host.0, len, unmap).await
+        let storage = self.top().storage();
+        match self.top().cipher()? {
+            None => storage.write_zeroes(host.0, len, unmap).await,
+            // A hole would be zeros before decryption, and not behind it.
+            Some(cipher) => {
+                let sealed = Sealed { storage, cipher };
+                sealed.write(guest, host, Payload::zeros(len)).await
+            }
+        }
     }
 }

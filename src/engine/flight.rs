@@ -1,17 +1,17 @@
 //! The transfers of one request, under way at the same time.
 
+use super::cipher::Moving;
 use crate::error::Result;
-use crate::storage::Transfer;
 
-/// Started transfers. One costs no allocation.
+/// Started transfers. One that is not encrypted costs no allocation.
 #[derive(Default)]
 pub(super) struct Flight<'a> {
-    last: Option<Transfer<'a>>,
-    others: Vec<Transfer<'a>>,
+    last: Option<Moving<'a>>,
+    others: Vec<Moving<'a>>,
 }
 
 impl<'a> Flight<'a> {
-    pub(super) fn add(&mut self, transfer: Transfer<'a>) {
+    pub(super) fn add(&mut self, transfer: Moving<'a>) {
         if let Some(other) = self.last.replace(transfer) {
             self.others.push(other);
         }

@@ -4,6 +4,7 @@
 //! them into transfers, starts all transfers of a request before it waits for
 //! the first, and copies only what has to be copied.
 
+mod cipher;
 mod commit;
 mod compressed;
 mod data;

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::Engine;
+use super::cipher::Moving;
 use super::flight::Flight;
 use crate::block::Payload;
 use crate::error::{Error, ErrorKind, Result};
@@ -91,9 +92,7 @@ impl Engine {
             let extent = image.lookup(GuestOffset(at), end - at).await?;
             if let Mapping::Data { host, copied: true } = extent.mapping {
                 image.check_overlap(host, extent.len)?;
-                image
-                    .storage()
-                    .write_zeroes(host.0, extent.len, false)
+                self.zero_data(GuestOffset(at), host, extent.len, false)
                     .await?;
             }
             at += extent.len;
@@ -126,6 +125,11 @@ impl Engine {
             image.check_overlap(host, count << bits)?;
             match space {
                 Preallocation::Off => {}
+                // Only encrypted zeros read as zeros.
+                _ if image.is_encrypted() => {
+                    self.zero_data(GuestOffset(at), host, count << bits, false)
+                        .await?;
+                }
                 Preallocation::Metadata if reserved.run().zeroed => {}
                 Preallocation::Metadata | Preallocation::Falloc => {
                     let may_unmap = space == Preallocation::Metadata;
@@ -156,7 +160,7 @@ async fn write_zeros(storage: &Storage, offset: u64, len: u64) -> Result<()> {
     let mut done = 0;
     while done < len {
         let part = Payload::zeros(ZEROS.min(len - done));
-        flight.add(storage.start_write(offset + done, &part));
+        flight.add(Moving::Plain(storage.start_write(offset + done, &part)));
         done += part.len();
     }
     flight.land().await

@@ -19,7 +19,7 @@ impl Engine {
         // Where the storage writes whole blocks, neighbours in them must not
         // be written at the same time: not by others, whose requests may be
         // smaller, nor by this one, part of which may need a new mapping.
-        let alignment = image.storage().alignment();
+        let alignment = self.write_unit();
         let exclude = alignment > self.options.request_unit
             || u64::from(alignment) > 1 << image.geometry().subcluster_bits();
         let mut flight = Flight::default();

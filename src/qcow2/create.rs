@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 use super::spec::geometry::{
     MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_CLUSTER_BITS_EXTENDED_L2,
@@ -89,6 +90,10 @@ pub struct CreateOptions {
     /// The file's blocks are not copied when they are written to, where the
     /// file system (btrfs) would.
     pub nocow: bool,
+    /// The LUKS header and its key material, as
+    /// [`crypto::luks1::Format`](crate::crypto::luks1::Format) makes them: the
+    /// image is encrypted.
+    pub luks: Option<Arc<[u8]>>,
     /// The file under the image.
     pub backing: Option<Backing>,
 }
@@ -106,6 +111,7 @@ impl CreateOptions {
             extended_l2: false,
             preallocation: Preallocation::Off,
             nocow: false,
+            luks: None,
             backing: None,
         }
     }
@@ -127,17 +133,34 @@ impl CreateOptions {
             )
             .cure("leave one of them out"));
         }
+        if self.luks.is_some() && self.preallocation != Preallocation::Off {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Encryption and preallocation cannot be used at the same time: preallocated \
+                 clusters would show noise, which is what zeros decrypt to",
+            )
+            .cure("leave one of them out"));
+        }
         let size = self.checked_size(&geometry)?;
-        let extensions = self.extensions(&geometry)?;
+        let mut extensions = self.extensions(&geometry)?;
 
         let l1_entries = geometry.l1_entries_for(size);
-        let layout = Layout::new(&geometry, l1_entries);
+        let luks = self.luks.as_deref().unwrap_or_default();
+        let layout = Layout::new(&geometry, l1_entries, luks.len() as u64);
+        if !luks.is_empty() {
+            let (offset, len) = (HostOffset(layout.luks), luks.len() as u64);
+            extensions.push(Extension::CryptoHeader { offset, len });
+        }
         let zstd = self.compression_type != CompressionType::Deflate;
         let header = Header {
             version: self.version,
             cluster_bits: geometry.cluster_bits,
             size,
-            crypt_method: CryptMethod::None,
+            crypt_method: if luks.is_empty() {
+                CryptMethod::None
+            } else {
+                CryptMethod::Luks
+            },
             // At most 32 MiB / 8, as checked with the size.
             l1_size: l1_entries as u32,
             l1_table_offset: HostOffset(if l1_entries == 0 { 0 } else { layout.l1 }),
@@ -160,14 +183,21 @@ impl CreateOptions {
             extensions,
             backing_file: self.backing.as_ref().map(|backing| backing.file.clone()),
         };
-        let chunks = vec![
+        let mut chunks = vec![
             (HostOffset(layout.refblocks), layout.refcounts(&geometry)),
             (HostOffset(layout.reftable), layout.reftable(&geometry)),
-            (HostOffset(0), header.encode()?),
         ];
+        if !luks.is_empty() {
+            chunks.push((HostOffset(layout.luks), luks.to_vec()));
+        }
+        chunks.push((HostOffset(0), header.encode()?));
         Ok(NewImage {
             header,
-            file_len: layout.l1 + l1_entries * 8,
+            file_len: if luks.is_empty() {
+                layout.l1 + l1_entries * 8
+            } else {
+                layout.luks + luks.len() as u64
+            },
             chunks,
         })
     }
@@ -296,26 +326,28 @@ pub struct NewImage {
     pub chunks: Vec<(HostOffset, Vec<u8>)>,
 }
 
-/// Where the parts lie: header, refcount table, refcount blocks, L1 table, one
-/// behind the other, and nothing else. Offsets in bytes.
+/// Where the parts lie: header, refcount table, refcount blocks, L1 table, LUKS
+/// header, one behind the other, and nothing else. Offsets in bytes.
 struct Layout {
     reftable: u64,
     reftable_clusters: u64,
     refblocks: u64,
     blocks: u64,
     l1: u64,
+    luks: u64,
     /// Clusters of the file.
     total: u64,
 }
 
 impl Layout {
-    fn new(geometry: &Geometry, l1_entries: u64) -> Self {
+    fn new(geometry: &Geometry, l1_entries: u64, luks_len: u64) -> Self {
         let l1_clusters = geometry.clusters_for(l1_entries * 8);
+        let luks_clusters = geometry.clusters_for(luks_len);
         // The refcounts count their own clusters too: take more of them until
         // they suffice.
         let (mut blocks, mut reftable_clusters) = (1, 1);
         let total = loop {
-            let total = 1 + reftable_clusters + blocks + l1_clusters;
+            let total = 1 + reftable_clusters + blocks + l1_clusters + luks_clusters;
             let blocks_needed = total.div_ceil(geometry.refcounts_per_block());
             let reftable_needed = blocks_needed.div_ceil(geometry.reftable_entries_per_cluster());
             if (blocks_needed, reftable_needed) == (blocks, reftable_clusters) {
@@ -330,6 +362,7 @@ impl Layout {
             refblocks: cluster(1 + reftable_clusters),
             blocks,
             l1: cluster(1 + reftable_clusters + blocks),
+            luks: cluster(1 + reftable_clusters + blocks + l1_clusters),
             total,
         }
     }

@@ -9,6 +9,7 @@ mod bitmap;
 pub mod check;
 mod compressed;
 pub mod create;
+mod crypt;
 mod flush;
 mod grace;
 mod grow;
@@ -38,6 +39,7 @@ use crate::storage::Storage;
 use alloc::{Allocator, Frees, Run};
 use bitmap::Bitmaps;
 use compressed::Inflated;
+use crypt::Encryption;
 use flush::Flushes;
 use grace::Grace;
 use meta::{L1Table, SliceCache};
@@ -46,6 +48,8 @@ use pack::Packer;
 
 pub use crate::codec::CompressionType;
 pub use bitmap::{BitmapAction, BitmapContent, BitmapInfo};
+pub(crate) use crypt::DataCipher;
+pub use crypt::KeySlots;
 pub use open::ImageOptions;
 pub use snapshot::{NewSnapshot, Selector, SnapshotJob};
 pub use spec::addr::{GuestOffset, HostOffset};
@@ -63,6 +67,7 @@ pub struct Image {
     storage: Storage,
     geometry: Geometry,
     compression: CompressionType,
+    encryption: Encryption,
     /// As in the file.
     header: Mutex<Header>,
     /// Held while a field of the header is written. A field whose writing

@@ -1,8 +1,8 @@
 //! Opening an image, and making its header ready for the first change.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::alloc::{Allocator, Frees, Run};
 use super::compressed::Inflated;
@@ -14,6 +14,7 @@ use super::snapshot;
 use super::spec::entry::L1Entry;
 use super::spec::header::{Autoclear, Incompatible, PROBE_LEN, Prefix};
 use super::{Header, HostOffset, Image, Selector};
+use crate::crypto::Keyring;
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Buf, sync};
 use crate::storage::Storage;
@@ -33,6 +34,11 @@ pub struct ImageOptions {
     /// for writing, not when it is first written to: for who only manages
     /// them, false spares reading them.
     pub record: bool,
+    /// Who knows the passphrases of encrypted images.
+    pub keys: Option<Arc<dyn Keyring>>,
+    /// No guest data will be read or written: encrypted images are opened
+    /// without their key.
+    pub metadata_only: bool,
 }
 
 impl Default for ImageOptions {
@@ -43,6 +49,8 @@ impl Default for ImageOptions {
             punch: true,
             snapshot: None,
             record: true,
+            keys: None,
+            metadata_only: false,
         }
     }
 }
@@ -84,6 +92,7 @@ impl Image {
         if storage.writable() {
             refuse_damaged(&header).map_err(|e| e.path(storage.path()))?;
         }
+        let encryption = super::crypt::unlock(&storage, &header, options).await?;
         let geometry = header.geometry();
         let disk = match &options.snapshot {
             None => ShownDisk {
@@ -134,6 +143,7 @@ impl Image {
         let image = Self {
             geometry,
             compression: header.compression_type,
+            encryption,
             size: AtomicU64::new(disk.size),
             l1,
             l2: SliceCache::new(

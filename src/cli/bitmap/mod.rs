@@ -150,6 +150,7 @@ async fn open(file: &Path, writable: bool, force_share: bool) -> Result<Chain> {
         no_backing: true,
         image: ImageOptions {
             record: false,
+            metadata_only: true,
             ..ImageOptions::default()
         },
         ..chain::Options::default()

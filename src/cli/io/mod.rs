@@ -72,7 +72,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         temporary: args.temporary.clone(),
         cache: CacheMode::from(args.cache),
         force_share: args.force_share,
-        ..args.policy.chain_options()
+        ..args.policy.chain_options()?
     };
     let runtime = Runtime::best(RING_ENTRIES).map_err(|e| Error::io("make an executor", e))?;
     runtime.block_on(async {

@@ -183,7 +183,9 @@ impl Image {
             {
                 let mut run = lock(runs);
                 if run.count > 0 {
-                    let run = run.take(wanted);
+                    let mut run = run.take(wanted);
+                    // In the file they do; decrypted, that is not zeros.
+                    run.zeroed &= !self.is_encrypted();
                     return Ok(Reserved { image: self, run });
                 }
             }

@@ -205,13 +205,7 @@ impl Header {
     /// serve yet, each named. This is the one place that says so.
     pub fn unsupported(&self) -> Vec<String> {
         let bits = self.incompatible & Incompatible::DATA_FILE;
-        let mut names = features::incompatible_names(bits, self.feature_names());
-        match self.crypt_method {
-            CryptMethod::None => {}
-            CryptMethod::Aes => names.push("AES encryption".to_owned()),
-            CryptMethod::Luks => names.push("LUKS encryption".to_owned()),
-        }
-        names
+        features::incompatible_names(bits, self.feature_names())
     }
 
     /// `Err` with [`ErrorKind::Unsupported`] if [`Header::unsupported`] names
