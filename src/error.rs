@@ -87,6 +87,8 @@ struct Inner {
     offset: Option<u64>,
     cure: Option<String>,
     source: Option<io::Error>,
+    /// See [`Error::is_metadata`].
+    metadata: bool,
 }
 
 impl Error {
@@ -99,6 +101,7 @@ impl Error {
             offset: None,
             cure: None,
             source: None,
+            metadata: false,
         }))
     }
 
@@ -120,7 +123,9 @@ impl Error {
 
     /// Metadata that cannot be right, at `offset` of the image file.
     pub fn corrupt(message: impl Into<String>, offset: u64) -> Self {
-        Self::new(ErrorKind::Corrupt, message).at(offset)
+        let mut error = Self::new(ErrorKind::Corrupt, message).at(offset);
+        error.0.metadata = true;
+        error
     }
 
     /// Names the file; the innermost name wins.
@@ -163,6 +168,17 @@ impl Error {
         self.0.kind
     }
 
+    /// The file, where one is named.
+    pub fn file(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// Metadata of an image contradicts itself, as opposed to data in it that
+    /// cannot be understood.
+    pub fn is_metadata(&self) -> bool {
+        self.0.metadata
+    }
+
     /// What the user can do about it, when there is something.
     pub fn cure_text(&self) -> Option<&str> {
         self.0.cure.as_deref()
@@ -197,6 +213,7 @@ impl Error {
                     io::Error::from_raw_os_error,
                 )
             }),
+            metadata: self.0.metadata,
         }))
     }
 }

@@ -1,12 +1,12 @@
-//! Reports about images, for ordinary programs: they block, and change
-//! nothing.
+//! Reports about images, for ordinary programs: they block, and change nothing
+//! unless told to repair.
 
 use std::path::{Path, PathBuf};
 
 use crate::chain::{self, MapEntry};
 use crate::disk::blocking;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::check::{self, CheckReport, Finding};
+use crate::qcow2::check::{self, CheckReport, Finding, Repair, Repaired};
 use crate::qcow2::info::{self, ImageInfo};
 use crate::qcow2::spec::snapshot::Snapshot;
 use crate::storage::{Locks, OpenOptions, Role, Storage};
@@ -19,8 +19,26 @@ pub fn check(
     force_share: bool,
     mut observe: impl FnMut(&Finding),
 ) -> Result<CheckReport> {
+    check_and_tell(path, force_share, &mut observe, |_| {})
+}
+
+/// As [`check()`](self::check); `progress` is told which part of the work is
+/// done, from 0 to 1.
+pub fn check_and_tell(
+    path: &Path,
+    force_share: bool,
+    mut observe: impl FnMut(&Finding),
+    mut progress: impl FnMut(f64),
+) -> Result<CheckReport> {
     let storage = open_one(path, force_share)?;
-    blocking(check::check(&storage, &mut observe))
+    blocking(check::check_and_tell(&storage, &mut observe, &mut progress))
+}
+
+/// Repairs the qcow2 image at `path`, which nobody else may have open; see
+/// [`check()`](self::check) for `observe`.
+pub fn repair(path: &Path, what: Repair, mut observe: impl FnMut(&Finding)) -> Result<Repaired> {
+    let storage = Storage::open(path, &OpenOptions::read_write())?;
+    blocking(check::repair(&storage, what, &mut observe))
 }
 
 /// Tells which file of the chain has which part of the disk: of `range.1`

@@ -130,6 +130,10 @@ fn close_and_compare(disk: Disk, path: &Path) -> Vec<u8> {
     ours
 }
 
+fn check_clean(path: &Path) {
+    qemu_check(path, false);
+}
+
 fn poke(path: &Path, offset: u64, bytes: &[u8]) {
     let file = std::fs::File::options().write(true).open(path).unwrap();
     file.write_all_at(bytes, offset).unwrap();
@@ -502,18 +506,60 @@ fn row_14_and_t6_bitmaps_are_untouched_by_readers_and_recorded_by_writers() {
 }
 
 #[test]
-fn row_16_an_image_marked_corrupt_or_dirty_is_not_written_to() {
-    for bit in [1_u8, 2] {
+fn row_16_an_image_marked_corrupt_is_not_written_to() {
+    let folder = Folder::new();
+    let path = folder.create("a", "lazy_refcounts=on", M);
+    qemu_io(&path, &["write -P 5 0 64k"]);
+    poke(&path, 79, &[2]);
+    let before = std::fs::read(&path).unwrap();
+    refused(&path, &writable(), ErrorKind::Corrupt);
+    let disk = open_ro(&path);
+    assert_reads(&disk, 0, 64 * K, 5);
+    disk.close().unwrap();
+    assert!(std::fs::read(&path).unwrap() == before);
+}
+
+/// Whether or not the image has lazy refcounts: whoever writes to it counts
+/// first, and nobody else changes anything.
+#[test]
+fn row_15_an_image_marked_dirty_is_repaired_by_its_next_writer() {
+    for options in ["lazy_refcounts=on", ""] {
         let folder = Folder::new();
-        let path = folder.create("a", "lazy_refcounts=on", M);
-        qemu_io(&path, &["write -P 5 0 64k"]);
-        poke(&path, 79, &[bit]);
+        let path = folder.create("a", options, M);
+        qemu_io(&path, &["write -P 5 0 128k"]);
+        let reader = Reader::open(&path);
+        let block = reader.be64(reader.header.refcount_table_offset);
+        let data = reader.file.len() as u64 / 65536 - 1;
+        poke(&path, block + data * 2, &[0, 0]);
+        poke(&path, 79, &[1]);
         let before = std::fs::read(&path).unwrap();
-        refused(&path, &writable(), ErrorKind::Corrupt);
         let disk = open_ro(&path);
-        assert_reads(&disk, 0, 64 * K, 5);
+        assert_reads(&disk, 0, 128 * K, 5);
         disk.close().unwrap();
         assert!(std::fs::read(&path).unwrap() == before);
+
+        // An open that fails for another reason changes nothing.
+        let over = folder.path("over");
+        let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "a"];
+        qemu_img(&[args.as_slice(), &[name(&over)]].concat());
+        poke(&over, 79, &[1]);
+        let hidden = folder.path("hidden");
+        std::fs::rename(&path, &hidden).unwrap();
+        let dirty = std::fs::read(&over).unwrap();
+        refused(&over, &writable(), ErrorKind::NotFound);
+        assert!(std::fs::read(&over).unwrap() == dirty);
+        std::fs::rename(&hidden, &path).unwrap();
+
+        let disk = open_rw(&path);
+        assert_eq!(peek(&path, 79, 1), [0], "the mark is gone");
+        let found = qcow2_ublk::report::check(&path, true, |_| {}).unwrap();
+        assert_eq!((found.corruptions, found.leaks), (0, 0));
+        assert_reads(&disk, 0, 128 * K, 5);
+        write(&disk, 256 * K, 64 * K, 6);
+        disk.close().unwrap();
+        assert_eq!(peek(&path, 79, 1), [0]);
+        check_clean(&path);
+        qemu_io(&path, &["read -P 5 0 128k", "read -P 6 256k 64k"]);
     }
 }
 
@@ -535,15 +581,28 @@ fn row_18_l2_entry_aimed_at_the_reftable() {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     }
-    // The others live on.
-    write(&disk, 128 * K, 64 * K, 3);
+    // Nobody writes from then on, and everybody reads; the image says why.
+    let error = disk.write_at(&[3; 512], 128 * K).unwrap_err();
+    assert!(error.to_string().contains("corrupt"), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_reads(&disk, 128 * K, 64 * K, 1);
     disk.flush().unwrap();
-    assert_reads(&disk, 128 * K, 64 * K, 3);
     drop(disk);
     assert!(
         peek(&path, reftable, 65536) == before,
         "the table was written over"
     );
+    assert_eq!(peek(&path, 79, 1), [2]);
+    refused(&path, &writable(), ErrorKind::Corrupt);
+    // Until it is repaired.
+    qcow2_ublk::report::repair(&path, qcow2_ublk::qcow2::check::Repair::All, |_| {}).unwrap();
+    assert_eq!(peek(&path, 79, 1), [0]);
+    check_clean(&path);
+    let disk = open_rw(&path);
+    write(&disk, 64 * K, 512, 0xff);
+    assert_reads(&disk, 128 * K, 64 * K, 1);
+    disk.close().unwrap();
+    check_clean(&path);
 }
 
 #[test]

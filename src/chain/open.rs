@@ -71,6 +71,8 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
 
     let mut seen = vec![top.storage().identity()];
     let below = follow(&top.header(), path, options, &mut seen).await?;
+    // Only now: an image whose chain is not whole stays as it is.
+    let top = top.repaired(&options.image).await?;
     Ok(Chain::new(top, below))
 }
 

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf, absolute};
 use std::process::ExitCode;
 
-use super::image::{PolicyArgs, TEMPORARY};
+use super::image::{GuardArgs, PolicyArgs, TEMPORARY};
 use super::{done, log, output, size};
 use crate::config::{Ask, CacheSetting, DataPathSetting, DiscardSetting, Plan, Settings};
 use crate::crypto::Secret;
@@ -77,6 +77,9 @@ pub(super) struct Args {
     no_part_scan: bool,
 
     #[command(flatten)]
+    guards: GuardArgs,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
@@ -103,6 +106,8 @@ impl Args {
             data_path: self.data_path,
             cache: self.cache,
             discard: self.discard,
+            barrier: self.guards.barrier,
+            overlap_check: self.guards.overlap_check,
             part_scan: self.no_part_scan.then_some(false),
             allow_path: self.policy.allow_path,
             trust_chain: self.policy.trust_chain.then_some(true),

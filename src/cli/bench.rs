@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::image::{PolicyArgs, SnapshotArg};
+use super::image::{GuardArgs, PolicyArgs, SnapshotArg};
 use super::{done, output, size};
 use crate::block::{BlockHandler, Op, Payload, Request};
 use crate::chain;
@@ -89,6 +89,9 @@ pub(super) struct Args {
     snapshot: SnapshotArg,
 
     #[command(flatten)]
+    guards: GuardArgs,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
@@ -122,7 +125,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         snapshot: args.snapshot.selector(),
         image: ImageOptions {
             queues: usize::from(args.threads),
-            ..usual.image.clone()
+            ..args.guards.apply(usual.image.clone())
         },
         ..usual
     };

@@ -1,7 +1,8 @@
 //! `check`: is the image in order? With the numbers, keys and exit codes of
 //! `qemu-img check`.
 
-use std::io::Write;
+use std::cell::RefCell;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,7 +11,7 @@ use serde::Serialize;
 use super::image::Report;
 use super::output::{self, printable};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::check::{CheckReport, Finding};
+use crate::qcow2::check::{Finding, Repair, Repaired};
 use crate::report;
 
 /// Findings that are shown one by one; of the others, how many there are.
@@ -25,7 +26,7 @@ mod exit {
     pub(super) const UNSUPPORTED: u8 = 63;
 }
 
-/// Look for errors in an image; nothing is changed
+/// Look for errors in an image, and with --repair put them right
 ///
 /// Every reference to a cluster is counted and compared with the image's
 /// refcounts. Each finding is a line on standard error, the result is on
@@ -39,6 +40,11 @@ pub(super) struct Args {
     #[command(flatten)]
     report: Report,
 
+    /// Repair what is found: 'leaks' gives lost space back, 'all' puts
+    /// everything right that can be
+    #[arg(short, long, value_name = "leaks|all", conflicts_with = "force_share")]
+    repair: Option<RepairArg>,
+
     /// Check an image that others may be writing to; they can make sound
     /// images look damaged
     #[arg(short = 'U', long)]
@@ -47,6 +53,22 @@ pub(super) struct Args {
     /// Say nothing but errors of the check itself
     #[arg(short, long)]
     quiet: bool,
+}
+
+/// What to repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum RepairArg {
+    Leaks,
+    All,
+}
+
+impl From<RepairArg> for Repair {
+    fn from(what: RepairArg) -> Self {
+        match what {
+            RepairArg::Leaks => Self::Leaks,
+            RepairArg::All => Self::All,
+        }
+    }
 }
 
 /// What `--json` prints. What is 0 is left out, as qemu-img does it.
@@ -63,6 +85,10 @@ struct Json<'a> {
     #[serde(skip_serializing_if = "is_zero")]
     leaks: u64,
     #[serde(skip_serializing_if = "is_zero")]
+    corruptions_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
     allocated_clusters: u64,
     #[serde(skip_serializing_if = "is_zero")]
     fragmented_clusters: u64,
@@ -78,6 +104,37 @@ struct Json<'a> {
 )]
 fn is_zero(n: &u64) -> bool {
     *n == 0
+}
+
+/// How far the check is, in qemu-img's way, on a terminal.
+struct Meter {
+    wanted: bool,
+    /// Hundredths of a per cent that are on the screen.
+    shown: Option<u32>,
+}
+
+impl Meter {
+    fn new(wanted: bool) -> Self {
+        Self {
+            wanted,
+            shown: None,
+        }
+    }
+
+    fn show(&mut self, done: f64, to: &mut impl Write) {
+        let now = (done * 1000.0) as u32 * 10;
+        if self.wanted && self.shown != Some(now) {
+            self.shown = Some(now);
+            let _ = write!(to, "    ({:.2}/100%)\r", f64::from(now) / 100.0);
+        }
+    }
+
+    /// Makes room for a line.
+    fn clear(&mut self, to: &mut impl Write) {
+        if self.shown.take().is_some() {
+            let _ = write!(to, "{:20}\r", "");
+        }
+    }
 }
 
 /// Checks the image.
@@ -109,14 +166,27 @@ fn has_magic(args: &Args) -> bool {
 
 fn check(args: &Args) -> Result<u8> {
     let mut findings = 0;
+    let listened = std::io::stderr().is_terminal() && !args.quiet;
+    let meter = RefCell::new(Meter::new(listened));
     let mut observe = |finding: &Finding| {
         findings += 1;
         if findings <= SHOWN && !args.quiet {
+            meter.borrow_mut().clear(&mut std::io::stderr());
             // Nothing to be done if nobody listens.
             let _ = writeln!(std::io::stderr(), "{}", printable(&finding.to_string()));
         }
     };
-    let found = report::check(&args.file, args.force_share, &mut observe)?;
+    let done = match args.repair {
+        None => Repaired {
+            report: report::check_and_tell(&args.file, args.force_share, &mut observe, |done| {
+                meter.borrow_mut().show(done, &mut std::io::stderr());
+            })?,
+            ..Repaired::default()
+        },
+        Some(what) => report::repair(&args.file, what.into(), &mut observe)?,
+    };
+    meter.borrow_mut().clear(&mut std::io::stderr());
+    let found = done.report;
     if findings > SHOWN && !args.quiet {
         let _ = writeln!(std::io::stderr(), "... and {} more", findings - SHOWN);
     }
@@ -127,6 +197,8 @@ fn check(args: &Args) -> Result<u8> {
             check_errors: found.check_errors,
             corruptions: found.corruptions,
             leaks: found.leaks,
+            corruptions_fixed: done.corruptions_fixed,
+            leaks_fixed: done.leaks_fixed,
             allocated_clusters: found.allocated_clusters,
             fragmented_clusters: found.fragmented_clusters,
             compressed_clusters: found.compressed_clusters,
@@ -134,7 +206,7 @@ fn check(args: &Args) -> Result<u8> {
             format: "qcow2",
         })?;
     } else if !args.quiet {
-        output::print(&human(&found))?;
+        output::print(&human(&done))?;
     }
     if found.check_errors > 0 {
         let error = Error::new(ErrorKind::Corrupt, "some of the image could not be checked");
@@ -150,12 +222,20 @@ fn check(args: &Args) -> Result<u8> {
 
 /// The result as text. Lines with numbers have the shape that scripts know
 /// from qemu-img.
-fn human(found: &CheckReport) -> String {
+fn human(done: &Repaired) -> String {
+    let found = &done.report;
     let mut text = String::new();
     let mut line = |line: String| {
         text += &line;
         text.push('\n');
     };
+    if done.corruptions_fixed + done.leaks_fixed > 0 {
+        line(format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    \
+             {} corruptions\n\nThe image was checked once more:",
+            done.leaks_fixed, done.corruptions_fixed
+        ));
+    }
     if found.corruptions == 0 && found.leaks == 0 && found.check_errors == 0 {
         line("No errors were found on the image.".to_owned());
     }
@@ -194,4 +274,36 @@ fn human(found: &CheckReport) -> String {
         line(format!("Image end offset: {}", found.image_end_offset));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_for_terminals_and_leaves_nothing() {
+        let mut text = Vec::new();
+        let mut meter = Meter::new(true);
+        for done in [0.0, 0.12345, 0.12349, 0.5] {
+            meter.show(done, &mut text);
+        }
+        meter.clear(&mut text);
+        meter.clear(&mut text);
+        let text = String::from_utf8(text).unwrap();
+        let parts: Vec<&str> = text.split('\r').collect();
+        let blank = " ".repeat(20);
+        assert_eq!(
+            parts,
+            [
+                "    (0.00/100%)",
+                "    (12.30/100%)",
+                "    (50.00/100%)",
+                &blank,
+                ""
+            ]
+        );
+        let mut quiet = Vec::new();
+        Meter::new(false).show(0.5, &mut quiet);
+        assert!(quiet.is_empty());
+    }
 }

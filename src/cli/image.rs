@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use super::size;
 use crate::chain;
-use crate::config::{Ask, BackingFormat, KeySources, Settings, parse_key_file};
+use crate::config::{
+    Ask, BackingFormat, BarrierSetting, KeySources, OverlapSetting, Settings, parse_key_file,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{ImageOptions, Selector};
 
@@ -136,6 +138,30 @@ impl SnapshotArg {
     pub(super) fn selector(&self) -> Option<Selector> {
         let text = self.snapshot.as_ref()?;
         Some(Selector::parse(text.as_bytes()))
+    }
+}
+
+/// What is durable when, and what is never written over.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Safety")]
+pub(super) struct GuardArgs {
+    /// What is durable when [default: batched]
+    #[arg(long, value_name = "WHEN")]
+    pub(super) barrier: Option<BarrierSetting>,
+
+    /// Which metadata is protected from being written over [default: cached]
+    #[arg(long, value_name = "WHAT")]
+    pub(super) overlap_check: Option<OverlapSetting>,
+}
+
+impl GuardArgs {
+    /// The usual options of an image, but for these.
+    pub(super) fn apply(&self, usual: ImageOptions) -> ImageOptions {
+        ImageOptions {
+            barrier: self.barrier.map_or_else(Default::default, Into::into),
+            overlap_check: self.overlap_check.map_or_else(Default::default, Into::into),
+            ..usual
+        }
     }
 }
 

@@ -73,6 +73,7 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{BarrierSetting, OverlapSetting};
     use crate::config::{CacheSetting, DataPathSetting, DiscardSetting};
 
     #[test]
@@ -81,6 +82,7 @@ mod tests {
             "image = \"a.qcow2\"\nnumber = 3\nqueues = 2\ndepth = 64\n\
              logical-block-size = 4096\nread-only = true\ndata-path = \"user-copy\"\n\
              cache = \"writeback\"\ndiscard = \"ignore\"\npart-scan = false\n\
+             barrier = \"metadata\"\noverlap-check = \"all\"\n\
              allow-path = [\"/srv/base\"]\ntrust-chain = true\nbacking-format = \"raw\"\n\
              key-file = \"k\"\nkey-memory = 5\nkey-iterations = 6\n\
              [layer-keys]\n\"base.qcow2\" = \"base-key\"\n",
@@ -89,6 +91,8 @@ mod tests {
         assert_eq!(settings.data_path, Some(DataPathSetting::UserCopy));
         assert_eq!(settings.cache, Some(CacheSetting::Writeback));
         assert_eq!(settings.discard, Some(DiscardSetting::Ignore));
+        assert_eq!(settings.barrier, Some(BarrierSetting::Metadata));
+        assert_eq!(settings.overlap_check, Some(OverlapSetting::All));
         assert_eq!(settings.part_scan, Some(false));
         assert_eq!(settings.key_file, Some("k".into()));
         assert_eq!(settings.layer_keys.len(), 1);

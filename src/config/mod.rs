@@ -4,6 +4,7 @@
 mod file;
 mod keys;
 mod prompt;
+mod guards;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use crate::storage::CacheMode;
 use crate::ublk::{self, DataPath};
 
 pub use keys::{Ask, KeySources, parse_key_file};
+pub use guards::{BarrierSetting, OverlapSetting};
 
 /// Queues of a device that nobody has given a number of, at most.
 const DEFAULT_QUEUES: usize = 4;
@@ -50,6 +52,10 @@ pub struct Settings {
     pub cache: Option<CacheSetting>,
     /// What discards do.
     pub discard: Option<DiscardSetting>,
+    /// What is durable when.
+    pub barrier: Option<BarrierSetting>,
+    /// Which metadata is protected from being written over.
+    pub overlap_check: Option<OverlapSetting>,
     /// The kernel looks for partitions.
     pub part_scan: Option<bool>,
     /// Folders that the image may refer to, besides its own.
@@ -154,6 +160,8 @@ impl Settings {
             data_path: self.data_path.or(lower.data_path),
             cache: self.cache.or(lower.cache),
             discard: self.discard.or(lower.discard),
+            barrier: self.barrier.or(lower.barrier),
+            overlap_check: self.overlap_check.or(lower.overlap_check),
             part_scan: self.part_scan.or(lower.part_scan),
             allow_path: if self.allow_path.is_empty() {
                 lower.allow_path
@@ -272,6 +280,8 @@ impl Settings {
                 image: ImageOptions {
                     queues: usize::from(queues),
                     keys: Some(keys.clone().keyring()),
+                    barrier: self.barrier.map_or_else(Default::default, Into::into),
+                    overlap_check: self.overlap_check.map_or_else(Default::default, Into::into),
                     ..ImageOptions::default()
                 },
                 ..chain::Options::default()

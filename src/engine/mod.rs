@@ -108,15 +108,23 @@ impl Engine {
     /// Writes `payload.len()` bytes at `offset`.
     pub async fn write(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
         self.check_range(offset, payload.len())?;
-        let writing = self.begin_write(queue, offset, payload.len()).await?;
-        self.write_range(writing.slot, offset, payload).await
+        let before = self.top().changes();
+        let result = {
+            let writing = self.begin_write(queue, offset, payload.len()).await?;
+            self.write_range(writing.slot, offset, payload).await
+        };
+        self.settle(before, result).await
     }
 
     /// Makes the range read as zeros; with `unmap`, host space may be freed.
     pub async fn write_zeroes(&self, queue: u16, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_range(offset, len)?;
-        let writing = self.begin_write(queue, offset, len).await?;
-        self.zero_range(writing.slot, offset, len, unmap).await
+        let before = self.top().changes();
+        let result = {
+            let writing = self.begin_write(queue, offset, len).await?;
+            self.zero_range(writing.slot, offset, len, unmap).await
+        };
+        self.settle(before, result).await
     }
 
     /// Gives up the range's clusters; the parts of clusters at its ends keep
@@ -126,8 +134,12 @@ impl Engine {
         if !self.options.discard {
             return Ok(());
         }
-        let writing = self.begin_write(queue, offset, len).await?;
-        self.discard_range(writing.slot, offset, len).await
+        let before = self.top().changes();
+        let result = {
+            let writing = self.begin_write(queue, offset, len).await?;
+            self.discard_range(writing.slot, offset, len).await
+        };
+        self.settle(before, result).await
     }
 
     /// Makes everything completed before durable.
@@ -153,6 +165,19 @@ impl Engine {
     /// request is under way, and none may come.
     pub async fn close(&self) -> Result<()> {
         self.top().close().await
+    }
+
+    /// Ends a change that began with `before` changes of the image: it is as
+    /// durable as the image promises, or the failure is looked into.
+    #[inline]
+    async fn settle(&self, before: u64, result: Result<()>) -> Result<()> {
+        match result {
+            Ok(()) => self.top().acknowledge(before).await,
+            Err(error) => {
+                self.top().judge(&error).await;
+                Err(error)
+            }
+        }
     }
 
     /// Lets a change of `len` bytes from `offset` begin: every change of the

@@ -48,13 +48,13 @@ impl Image {
     pub(crate) fn has_dirty_metadata(&self) -> bool {
         self.l2.has_dirty()
             || self.l1.has_dirty()
-            || self.refblocks.has_dirty()
+            || !self.postpones_refcounts() && self.refblocks.has_dirty()
             || !self.frees.is_empty()
             || self.header_is_suspect()
     }
 
     async fn write_back(&self) -> Result<()> {
-        if !self.has_dirty_metadata() {
+        if !self.has_dirty_metadata() && !self.refblocks.is_crowded() {
             return self.storage.sync().await;
         }
         // The frees first, then the copies: what is on the list was unmapped
@@ -87,14 +87,16 @@ impl Image {
         }
     }
 
-    /// Writes refcounts `|` L2 slices and L1 blocks `|`.
+    /// Writes refcounts, unless they may wait, `|` L2 slices and L1 blocks `|`.
     async fn write_frozen(
         &self,
         l2: &[(Arc<super::meta::Slice>, Buf)],
         l1: &[(usize, super::spec::addr::HostOffset, Buf)],
     ) -> Result<()> {
         self.restore_header().await?;
-        self.write_refcounts().await?;
+        if !self.postpones_refcounts() || self.refblocks.is_crowded() {
+            self.write_refcounts().await?;
+        }
         self.storage.sync().await?;
         if l2.is_empty() && l1.is_empty() {
             return Ok(());

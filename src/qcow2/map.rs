@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Image;
 use super::alloc::{Freed, Reserved};
@@ -95,6 +96,7 @@ impl Image {
         let reserved = self.reserve(slot, 1).await?;
         let table = reserved.offset();
         let cluster_size = self.geometry.cluster_size();
+        self.check_overlap(table, cluster_size)?;
         match shared {
             L1Entry::Unallocated => self.write_zero_cluster(table).await?,
             L1Entry::Table { offset, .. } => {
@@ -134,6 +136,7 @@ impl Image {
         let result = self
             .change_entries(slot, at, count, &change, &mut done)
             .await;
+        self.changes.fetch_add(1, Ordering::Release);
         // What is mapped by now must not be given back, whatever failed.
         match change {
             Change::Data(reserved)
@@ -265,7 +268,8 @@ impl Image {
         if self.storage.writable() {
             // After a failed sync nothing can become durable any more; a
             // change of the mapping alone would not meet that failure.
-            self.storage.check_writable()
+            self.storage.check_writable()?;
+            self.check_marks()
         } else {
             Err(
                 Error::new(ErrorKind::ReadOnly, "the image is open read-only")

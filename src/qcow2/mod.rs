@@ -5,6 +5,7 @@
 mod alloc;
 pub mod amend;
 mod backing;
+mod barrier;
 mod bitmap;
 pub mod check;
 mod compressed;
@@ -16,8 +17,10 @@ mod grow;
 pub mod info;
 mod lookup;
 mod map;
+mod marks;
 mod meta;
 mod metadata;
+mod note;
 mod open;
 mod pack;
 mod preallocate;
@@ -47,9 +50,11 @@ use metadata::Metadata;
 use pack::Packer;
 
 pub use crate::codec::CompressionType;
+pub use barrier::Barrier;
 pub use bitmap::{BitmapAction, BitmapContent, BitmapInfo};
 pub(crate) use crypt::DataCipher;
 pub use crypt::KeySlots;
+pub use metadata::OverlapCheck;
 pub use open::ImageOptions;
 pub use snapshot::{NewSnapshot, Selector, SnapshotJob};
 pub use spec::addr::{GuestOffset, HostOffset};
@@ -92,6 +97,15 @@ pub struct Image {
     /// Held while an L1 entry gets a new table.
     new_tables: sync::Mutex<()>,
     metadata: Metadata,
+    barrier: Barrier,
+    /// How many changes of mappings there were.
+    changes: AtomicU64,
+    /// Refcounts are postponed: the image is marked dirty.
+    lazy: AtomicBool,
+    /// Metadata was found to be impossible: no writes any more.
+    corrupt: AtomicBool,
+    /// Marked dirty by somebody else, and not repaired yet.
+    needs_repair: bool,
     /// Freed clusters are punched out of the file.
     punch_frees: bool,
     /// The header has been made ready for changes to the image.
@@ -178,7 +192,7 @@ impl Image {
                 cluster << self.geometry.cluster_bits,
             )
             .path(self.path())
-            .cure("run `qemu-img check -r all` on a copy of the image")),
+            .cure("close the image and run `qcow2-ublk check -r all`")),
         }
     }
 
@@ -199,6 +213,7 @@ impl Image {
             self.flush().await?;
         }
         self.trim_file().await?;
+        self.end_lazy().await?;
         bitmaps.map_err(|e| e.context("cannot store the dirty bitmaps"))
     }
 }

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::alloc::{Allocator, Frees, Run};
+use super::barrier::Barrier;
 use super::compressed::Inflated;
 use super::grace::Grace;
+use super::marks::refuse_corrupt;
 use super::meta::{L1Table, SliceCache};
-use super::metadata::Metadata;
+use super::metadata::{Metadata, OverlapCheck};
 use super::refcount::Refcounts;
 use super::snapshot;
-use super::spec::entry::L1Entry;
 use super::spec::header::{Autoclear, Incompatible, PROBE_LEN, Prefix};
 use super::{Header, HostOffset, Image, Selector};
 use crate::crypto::Keyring;
@@ -39,6 +40,10 @@ pub struct ImageOptions {
     /// No guest data will be read or written: encrypted images are opened
     /// without their key.
     pub metadata_only: bool,
+    /// Which metadata is never written over by other data.
+    pub overlap_check: OverlapCheck,
+    /// What is durable when.
+    pub barrier: Barrier,
 }
 
 impl Default for ImageOptions {
@@ -51,6 +56,8 @@ impl Default for ImageOptions {
             record: true,
             keys: None,
             metadata_only: false,
+            overlap_check: OverlapCheck::default(),
+            barrier: Barrier::default(),
         }
     }
 }
@@ -90,7 +97,7 @@ impl Image {
             .require_supported()
             .map_err(|e| e.path(storage.path()))?;
         if storage.writable() {
-            refuse_damaged(&header).map_err(|e| e.path(storage.path()))?;
+            refuse_corrupt(&header).map_err(|e| e.path(storage.path()))?;
         }
         let encryption = super::crypt::unlock(&storage, &header, options).await?;
         let geometry = header.geometry();
@@ -162,43 +169,27 @@ impl Image {
             grace: Grace::new(queues),
             flushes: super::Flushes::default(),
             new_tables: sync::Mutex::default(),
-            metadata: Metadata::new(geometry.cluster_bits),
+            metadata: Metadata::new(geometry.cluster_bits, options.overlap_check),
+            barrier: options.barrier,
+            changes: AtomicU64::new(0),
+            lazy: AtomicBool::new(false),
+            corrupt: AtomicBool::new(false),
+            needs_repair: storage.writable() && header.incompatible.contains(Incompatible::DIRTY),
             punch_frees: options.punch,
             prepared: AtomicBool::new(false),
             bitmaps: super::Bitmaps::default(),
             suspect_field: sync::Mutex::default(),
             header: Mutex::new(header),
-            storage,
+            storage: match options.barrier {
+                Barrier::None => storage.short_lived(),
+                _ => storage,
+            },
         };
-        if image.writable() {
+        if image.writable() && !image.needs_repair {
             image.note_metadata().await;
             image.load_for_recording(options.record).await?;
         }
         Ok(image)
-    }
-
-    /// Notes where metadata is, so that guest data is never written there.
-    pub(super) async fn note_metadata(&self) {
-        let header = self.header();
-        self.metadata.add(HostOffset(0));
-        self.metadata
-            .add_range(header.l1_table_offset, header.l1_bytes());
-        self.metadata
-            .add_range(header.refcount_table_offset, header.reftable_bytes());
-        if header.nb_snapshots > 0 {
-            self.metadata.add(header.snapshots_offset);
-        }
-        let alloc = self.alloc.lock().await;
-        for &block in alloc.refcounts.table.iter().filter(|&&block| block != 0) {
-            self.metadata.add(HostOffset(block));
-        }
-        for index in 0..self.l1.len() as u64 {
-            if let Ok(L1Entry::Table { offset, .. }) =
-                L1Entry::decode(self.l1.get(index), &self.geometry)
-            {
-                self.metadata.add(offset);
-            }
-        }
     }
 
     /// Makes the image ready for changes of the disk, before the first: the
@@ -221,6 +212,7 @@ impl Image {
         if self.mark_bitmaps(&mut bitmaps).await? {
             self.storage.sync().await?;
         }
+        self.begin_lazy().await?;
         self.prepared.store(true, Ordering::Release);
         Ok(())
     }
@@ -308,23 +300,4 @@ impl ShownDisk {
             size,
         })
     }
-}
-
-/// Images whose refcounts cannot be trusted are not written to.
-pub(super) fn refuse_damaged(header: &Header) -> Result<()> {
-    if header.incompatible.contains(Incompatible::CORRUPT) {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            "the image is marked corrupt and is not opened for writing",
-        )
-        .cure("repair a copy with `qemu-img check -r all`, or open it read-only"));
-    }
-    if header.incompatible.contains(Incompatible::DIRTY) {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            "the image was not closed cleanly (lazy refcounts) and its refcounts are out of date",
-        )
-        .cure("repair it with `qemu-img check -r all`, or open it read-only"));
-    }
-    Ok(())
 }

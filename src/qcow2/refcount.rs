@@ -175,3 +175,58 @@ impl Refcounts {
         self.table_dirty.insert(index as usize / TABLE_BLOCK);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::spec::refcount;
+    use crate::runtime::Runtime;
+    use crate::storage::sim::{Image, SimDisk};
+
+    /// Every width: a count at its highest or lowest is refused and stays, and
+    /// so do its neighbours.
+    #[test]
+    fn counts_never_leave_their_range() {
+        for order in 0..=6 {
+            let geometry = Geometry {
+                cluster_bits: 12,
+                refcount_order: order,
+                version: 3,
+                extended_l2: false,
+                external_data: false,
+            };
+            let highest = refcount::max(order);
+            let mut block = vec![0; 4096];
+            refcount::set(&mut block, order, 5, highest);
+            refcount::set(&mut block, order, 6, highest - 1);
+            let mut image = Image::from_bytes(&[0; 8192]);
+            image.write(4096, &block);
+            let storage = Storage::simulated(&SimDisk::with_image(image), 1);
+            let cache = SliceCache::new("refcount block", 4096, 1 << 20);
+            let refcounts = Refcounts {
+                geometry,
+                table: vec![4096],
+                table_offset: HostOffset(0),
+                table_dirty: BTreeSet::new(),
+            };
+            Runtime::inline().unwrap().block_on(async {
+                let get = |cluster| refcounts.get(&cache, &storage, cluster);
+                let adjust = |cluster, by| refcounts.adjust(&cache, &storage, cluster, by);
+                let error = adjust(5, 1).await.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Unsupported, "order {order}");
+                let error = adjust(4, -1).await.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Corrupt, "order {order}");
+                assert!(!cache.has_dirty(), "nothing was changed");
+                assert_eq!(adjust(6, 1).await.unwrap(), highest);
+                assert!(adjust(6, 1).await.is_err());
+                assert_eq!(adjust(7, 1).await.unwrap(), 1);
+                assert_eq!(adjust(5, -1).await.unwrap(), highest - 1);
+                assert_eq!(get(4).await.unwrap(), 0);
+                assert_eq!(get(5).await.unwrap(), highest - 1);
+                assert_eq!(get(6).await.unwrap(), highest);
+                assert_eq!(get(7).await.unwrap(), 1);
+                assert_eq!(get(8).await.unwrap(), 0);
+            });
+        }
+    }
+}

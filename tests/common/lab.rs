@@ -8,7 +8,7 @@ use std::time::Duration;
 use qcow2_ublk::block::{BlockHandler, Op, Payload, Request};
 use qcow2_ublk::chain::{Chain, Layer};
 use qcow2_ublk::engine::{self, Engine};
-use qcow2_ublk::qcow2::{Image, ImageOptions};
+use qcow2_ublk::qcow2::{Barrier, Image, ImageOptions, OverlapCheck};
 use qcow2_ublk::runtime::Runtime;
 use qcow2_ublk::storage::Storage;
 use qcow2_ublk::storage::sim::{self, SimDisk};
@@ -30,6 +30,8 @@ pub struct How {
     pub alignment: u32,
     pub queues: usize,
     pub punch: bool,
+    pub barrier: Barrier,
+    pub overlap_check: OverlapCheck,
 }
 
 impl Default for How {
@@ -39,6 +41,8 @@ impl Default for How {
             alignment: 1,
             queues: 1,
             punch: true,
+            barrier: Barrier::default(),
+            overlap_check: OverlapCheck::default(),
         }
     }
 }
@@ -48,9 +52,12 @@ pub async fn open(disk: &SimDisk, how: &How) -> Result<Engine> {
     let options = ImageOptions {
         queues: how.queues,
         punch: how.punch,
+        barrier: how.barrier,
+        overlap_check: how.overlap_check,
         ..ImageOptions::default()
     };
     let image = Image::open(Storage::simulated(disk, how.alignment), &options).await?;
+    let image = image.repaired(&options).await?;
     let storage = |image: &sim::Image| Storage::simulated(&SimDisk::with_image(image.clone()), 1);
     let below = match &how.below {
         Below::Nothing => Vec::new(),

@@ -3,6 +3,7 @@
 
 pub mod check;
 pub mod lab;
+pub mod shapes;
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::done;
-use super::image::{PolicyArgs, SnapshotArg, TEMPORARY};
+use super::image::{GuardArgs, PolicyArgs, SnapshotArg, TEMPORARY};
 use crate::block::BlockHandler;
 use crate::chain;
 use crate::config::CacheSetting;
@@ -61,18 +61,23 @@ pub(super) struct Args {
     temporary: Option<PathBuf>,
 
     #[command(flatten)]
+    guards: GuardArgs,
+
+    #[command(flatten)]
     policy: PolicyArgs,
 }
 
 /// Runs the commands; the exit code is 1 when any of them has failed.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let usual = args.policy.chain_options()?;
     let options = chain::Options {
         writable: !args.read_only && args.snapshot.snapshot.is_none(),
         snapshot: args.snapshot.selector(),
         temporary: args.temporary.clone(),
         cache: CacheMode::from(args.cache),
         force_share: args.force_share,
-        ..args.policy.chain_options()?
+        image: args.guards.apply(usual.image.clone()),
+        ..usual
     };
     let runtime = Runtime::best(RING_ENTRIES).map_err(|e| Error::io("make an executor", e))?;
     runtime.block_on(async {

@@ -59,10 +59,8 @@ impl Image {
             let len = (run.end - run.start) << self.geometry.cluster_bits;
             if freed.table {
                 self.l2.forget(offset, len);
-                for cluster in run.clone() {
-                    self.metadata.remove(cluster);
-                }
             }
+            self.metadata.remove_range(run.start, run.end - run.start);
             self.inflated.forget(offset, len);
             // Failing to give space back loses nothing.
             let zeroed =

@@ -9,7 +9,8 @@
 
 mod downgrade;
 
-use super::open::{read_header, refuse_damaged};
+use super::marks::sound_header;
+use super::open::read_header;
 use super::shadow::{Shadow, one_sector};
 use super::snapshot::{self, refuse_external};
 use super::spec::Header;
@@ -42,9 +43,8 @@ impl Amendment {
     /// not go together or the image has what stands in their way. Of several
     /// changes the first may have been made.
     pub async fn run(&self, storage: &Storage) -> Result<()> {
-        let header = read_header(storage).await?;
+        let header = sound_header(storage).await?;
         let named = |e: Error| e.path(storage.path());
-        refuse_damaged(&header).map_err(named)?;
         storage.check_writable()?;
         self.check(&header).map_err(named)?;
         if self.version == Some(3) && header.version < 3 {

@@ -33,6 +33,7 @@ impl Checker<'_> {
                 first = end;
                 continue;
             }
+            let missing = self.refcount_block_offset(index) == 0;
             let mut cluster = first;
             while cluster < end {
                 let stored = match &block {
@@ -55,6 +56,7 @@ impl Checker<'_> {
                     highest = cluster;
                 }
                 if stored != counted {
+                    self.seen.no_block |= stored < counted && missing;
                     self.found_refcount(cluster, stored, counted);
                 } else if counted > 1 && self.counts.overlaps(cluster) {
                     let problem = Problem::Overlap { cluster, counted };

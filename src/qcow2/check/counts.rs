@@ -55,6 +55,8 @@ pub(super) struct Counts {
     large: HashMap<u64, u64>,
     /// Clusters with uses that exclude each other.
     overlaps: BTreeSet<u64>,
+    /// Clusters with more uses than can be counted.
+    overflows: BTreeSet<u64>,
     max: u64,
     /// Chunks that may still be made.
     budget: u64,
@@ -78,6 +80,7 @@ impl Counts {
             len,
             large: HashMap::new(),
             overlaps: BTreeSet::new(),
+            overflows: BTreeSet::new(),
             max,
             budget: MEMORY.saturating_add(allocated) / size_of::<Chunk>() as u64,
             exhausted: false,
@@ -142,6 +145,9 @@ impl Counts {
         if overlap {
             self.overlaps.insert(cluster);
         }
+        if times > new - current {
+            self.overflows.insert(cluster);
+        }
         times - (new - current)
     }
 
@@ -174,6 +180,28 @@ impl Counts {
     /// True when the cluster has uses that exclude each other.
     pub(super) fn overlaps(&self, cluster: u64) -> bool {
         self.overlaps.contains(&cluster)
+    }
+
+    /// True when some cluster's uses exclude each other or are too many.
+    pub(super) fn has_clashes(&self) -> bool {
+        !(self.overlaps.is_empty() && self.overflows.is_empty())
+    }
+
+    /// True when a use as data, or as an L2 table, has to end so that the
+    /// cluster's uses agree.
+    pub(super) fn must_leave(&self, cluster: u64, data: bool) -> bool {
+        if self.overflows.contains(&cluster) {
+            return true;
+        }
+        if !self.overlaps.contains(&cluster) {
+            return false;
+        }
+        let Some(Some(chunk)) = self.chunks.get((cluster / CHUNK as u64) as usize) else {
+            return false;
+        };
+        let index = (cluster % CHUNK as u64) as usize;
+        let has = |kind: &[u64]| kind[index / 64] >> (index % 64) & 1 != 0;
+        has(&chunk.exclusive) || data && has(&chunk.table)
     }
 
     /// The first cluster from `from` on that may be used, [`Self::len`] if

@@ -6,8 +6,8 @@
 //! the order of the file, each once, however many snapshots share it; an
 //! image made to keep a checker busy for years does not.
 //!
-//! Nothing is changed here. A [`Finding`] says where the wrong entry is, for
-//! people and for whoever repairs it.
+//! [`check`] changes nothing. A [`Finding`] says where the wrong entry is;
+//! [`repair`] puts it right.
 //!
 //! Differences from QEMU, all of them additions or limits:
 //!
@@ -24,6 +24,7 @@ mod counts;
 mod finding;
 mod reader;
 mod refcounts;
+mod repair;
 mod snapshots;
 mod sweep;
 mod tables;
@@ -37,9 +38,11 @@ use crate::storage::Storage;
 use counts::{Counts, Use};
 use reader::Reader;
 use refcounts::StoredRefcounts;
+use repair::Seen;
 use tables::L2Tables;
 
-pub use finding::{Finding, Part, Problem, Severity};
+pub use finding::{Finding, Part, Problem, Rule, Severity};
+pub use repair::{Repair, Repaired, repair};
 
 /// What a check found, in numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,8 +74,23 @@ pub struct CheckReport {
 /// did not have when this was written, a snapshot table that cannot be read,
 /// an image that is too large. What is merely wrong is in the report.
 pub async fn check(storage: &Storage, observe: &mut dyn FnMut(&Finding)) -> Result<CheckReport> {
+    check_and_tell(storage, observe, &mut |_| {}).await
+}
+
+/// As [`check()`]; `progress` is told now and then which part of the work is
+/// done, from 0 to 1.
+///
+/// # Errors
+///
+/// As [`check()`].
+pub async fn check_and_tell(
+    storage: &Storage,
+    observe: &mut dyn FnMut(&Finding),
+    progress: &mut dyn FnMut(f64),
+) -> Result<CheckReport> {
     let header = read_damaged_header(storage).await?;
     let mut checker = Checker::new(storage, header, observe)?;
+    checker.progress = Some(progress);
     checker.run().await.map_err(|e| e.path(storage.path()))?;
     Ok(checker.report)
 }
@@ -87,8 +105,19 @@ struct Checker<'a> {
     clusters: u64,
     counts: Counts,
     stored: StoredRefcounts,
-    /// L2 tables that were met and are still to be read.
+    /// L2 tables that were met.
     l2_tables: L2Tables,
+    /// L1 tables of snapshots that can be read: first byte and length.
+    snapshot_l1s: Vec<(u64, u64)>,
+    /// The refcount table and its blocks are counted too.
+    with_refcounts: bool,
+    /// Places where no L2 table can be are not looked into. QEMU does, and so
+    /// do reports.
+    strict: bool,
+    /// Who wants to know how far the work is.
+    progress: Option<&'a mut dyn FnMut(f64)>,
+    /// Which kinds of findings there were.
+    seen: Seen,
     /// Guest data is in another file and not counted.
     external: bool,
     /// Misaligned L2 tables that may still be followed.
@@ -120,6 +149,11 @@ impl<'a> Checker<'a> {
             counts,
             stored: StoredRefcounts::default(),
             l2_tables: L2Tables::default(),
+            snapshot_l1s: Vec::new(),
+            with_refcounts: true,
+            strict: false,
+            progress: None,
+            seen: Seen::default(),
             external: header.incompatible.contains(Incompatible::DATA_FILE),
             misaligned_budget: 1024,
             report: CheckReport {
@@ -132,9 +166,17 @@ impl<'a> Checker<'a> {
     }
 
     async fn run(&mut self) -> Result<()> {
-        let snapshots = self.read_snapshots().await?;
         self.read_refcounts().await?;
+        self.count_all().await?;
+        self.seen.clash = self.counts.has_clashes();
+        // Nothing of the guest's can be in the header.
+        self.seen.entries |= self.counts.overlaps(0);
+        self.compare().await
+    }
 
+    /// Counts every use.
+    async fn count_all(&mut self) -> Result<()> {
+        let snapshots = self.read_snapshots().await?;
         self.count(Part::Header, 0, self.geometry.cluster_size(), 1);
         self.check_active_l1().await?;
         self.check_snapshot_l1s(&snapshots).await?;
@@ -144,14 +186,15 @@ impl<'a> Checker<'a> {
             self.count(Part::CryptoHeader, offset.0, len, 1);
         }
         self.check_bitmaps().await?;
-        let (offset, len) = (
-            self.header.refcount_table_offset,
-            self.header.reftable_bytes(),
-        );
-        self.count(Part::RefcountTable, offset.0, len, 1);
-        self.check_refcount_blocks();
-        self.counts.within_memory()?;
-        self.compare().await
+        if self.with_refcounts {
+            let (offset, len) = (
+                self.header.refcount_table_offset,
+                self.header.reftable_bytes(),
+            );
+            self.count(Part::RefcountTable, offset.0, len, 1);
+            self.check_refcount_blocks();
+        }
+        self.counts.within_memory()
     }
 
     /// Counts a use of the clusters that `len` bytes from `offset` touch,
@@ -174,8 +217,15 @@ impl<'a> Checker<'a> {
         for cluster in offset >> bits..=(end - 1) >> bits {
             let refused = self.counts.add(cluster, times, part.usage());
             if refused > 0 {
+                self.seen.refcounts |= matches!(part, Part::RefcountTable | Part::RefcountBlock);
                 self.found(Severity::Corruption, refused, Problem::Overflow { cluster });
             }
+        }
+    }
+
+    fn tell(&mut self, done: f64) {
+        if let Some(progress) = &mut self.progress {
+            progress(done);
         }
     }
 
@@ -186,6 +236,7 @@ impl<'a> Checker<'a> {
             Severity::Error => &mut self.report.check_errors,
         };
         *total = total.saturating_add(times);
+        self.seen.note(&problem);
         (self.observe)(&Finding {
             severity,
             times,

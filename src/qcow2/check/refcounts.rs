@@ -29,6 +29,14 @@ impl StoredRefcounts {
     pub(super) fn has_bad(&self) -> bool {
         !self.bad.is_empty()
     }
+
+    /// Where block number `index` is said to be; 0 for nowhere.
+    pub(super) fn block_offset(&self, index: u64) -> u64 {
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.table.get(index))
+            .map_or(0, |entry| entry & BLOCK_OFFSET)
+    }
 }
 
 impl Checker<'_> {
@@ -82,10 +90,7 @@ impl Checker<'_> {
 
     /// Where refcount block number `index` is said to be; 0 for nowhere.
     pub(super) fn refcount_block_offset(&self, index: u64) -> u64 {
-        usize::try_from(index)
-            .ok()
-            .and_then(|index| self.stored.table.get(index))
-            .map_or(0, |entry| entry & BLOCK_OFFSET)
+        self.stored.block_offset(index)
     }
 
     /// True when refcount block number `index` was found to be unreadable.

@@ -87,7 +87,9 @@ impl Checker<'_> {
                 places.push((offset, len));
             }
         }
-        self.check_inactive_l1s(&places).await
+        self.check_inactive_l1s(&places).await?;
+        self.snapshot_l1s = places;
+        Ok(())
     }
 
     /// Counts the snapshot table itself.

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::table::{self, Selector};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::open::{read_header, refuse_damaged};
+use crate::qcow2::marks;
 use crate::qcow2::shadow::{Ready, Shadow, Tree};
 use crate::qcow2::spec::header::Incompatible;
 use crate::qcow2::spec::snapshot::Snapshot;
@@ -49,8 +49,7 @@ pub enum SnapshotJob {
 impl SnapshotJob {
     /// Does it with the image in `storage`, which nobody else has open.
     pub async fn run(&self, storage: &Storage) -> Result<()> {
-        let header = read_header(storage).await?;
-        refuse_damaged(&header).map_err(|e| e.path(storage.path()))?;
+        let header = marks::sound_header(storage).await?;
         let ready = self.build(storage, header).await?;
         ready.publish(storage).await?;
         ready.punch_freed(storage).await;

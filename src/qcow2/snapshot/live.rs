@@ -90,7 +90,8 @@ impl Image {
         if self.has_dirty_metadata() {
             self.flush().await?;
         }
-        Ok(())
+        // Postponed refcounts too: the job works with those of the file.
+        self.end_lazy().await
     }
 
     /// An attempt that failed may have written to any free cluster: none is
