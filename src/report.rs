@@ -55,7 +55,7 @@ pub fn map(
         let (start, len) = range;
         let size = chain.top().size();
         let end = len.map_or(size, |len| size.min(start.saturating_add(len)));
-        let file = |depth: usize| chain.layers()[depth].storage().path();
+        let file = |depth: usize| chain.layers()[depth].data().path();
         chain
             .map(start, end, |entry| emit(entry, file(entry.depth)))
             .await

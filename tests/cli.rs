@@ -188,7 +188,7 @@ fn create_refuses_what_it_cannot_do_by_name() {
     let cases: &[(&[&str], &str)] = &[
         (&["1G", "-o", "extended_l2=on,cluster_size=8k"], "16384"),
         (&["1G", "-o", "preallocation=some"], "preallocation"),
-        (&["1G", "-o", "data_file=x"], "data_file"),
+        (&["1G", "-o", "data_file_raw=on"], "requires data-file"),
         (&["1G", "-o", "clutser_size=4k"], "clutser_size"),
         (&["1G", "-o", "cluster_size=3k"], "power of two"),
         (

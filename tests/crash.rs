@@ -17,6 +17,7 @@ use std::sync::Arc;
 use common::check::Checked;
 use common::lab::{self, Below, How};
 use qcow2_ublk::block::{BlockHandler, Op, Payload, Request};
+use qcow2_ublk::qcow2::create::CreateOptions;
 use qcow2_ublk::runtime::spawn;
 use qcow2_ublk::storage::sim::{self, Rng, SimDisk, crash_images};
 
@@ -93,6 +94,10 @@ struct Scenario {
     name: &'static str,
     image: sim::Image,
     how: How,
+    /// The external data file.
+    data: Option<sim::Image>,
+    /// That file is the disk as it is.
+    raw: bool,
     /// What the layer below shows.
     below: Vec<u8>,
     tasks: u64,
@@ -115,6 +120,8 @@ impl Scenario {
                 queues: 2,
                 ..How::default()
             },
+            data: None,
+            raw: false,
             below: Vec::new(),
             tasks: 4,
             steps: 12,
@@ -144,15 +151,19 @@ struct Trial {
 }
 
 impl Trial {
-    fn new(scenario: Scenario) -> Self {
-        let checked = Checked::open(&scenario.image).unwrap();
+    fn new(mut scenario: Scenario) -> Self {
+        let disk = SimDisk::with_image(scenario.image.clone());
+        scenario.how.data = scenario.data.clone().map(|data| disk.beside(data));
+        let checked = Checked::open(&scenario.image)
+            .unwrap()
+            .with_data(scenario.data.as_ref());
         let snapshots = (0..checked.snapshots().len())
             .map(|i| checked.snapshot_content(i, &scenario.below))
             .collect();
         let original = checked.active_content(&scenario.below);
         assert!(checked.check().corruptions.is_empty(), "as made");
         Self {
-            disk: SimDisk::with_image(scenario.image.clone()),
+            disk,
             log: Rc::default(),
             original,
             snapshots,
@@ -236,9 +247,11 @@ impl Trial {
                 continue;
             }
             judged += 1;
-            let image = &crash.images[0];
+            let [image, data @ ..] = &crash.images[..] else {
+                panic!("there is a disk");
+            };
             let verdict = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                self.judge(crash.point, image, judged.is_multiple_of(60));
+                self.judge(crash.point, image, data.first(), judged.is_multiple_of(60));
             }));
             if let Err(panic) = verdict {
                 let name = self.scenario.name;
@@ -256,7 +269,7 @@ impl Trial {
         assert!(judged > 20, "too few states to mean anything");
     }
 
-    fn judge(&self, point: usize, image: &sim::Image, ask_qemu: bool) {
+    fn judge(&self, point: usize, image: &sim::Image, data: Option<&sim::Image>, ask_qemu: bool) {
         let checked = Checked::open(image).expect("the image opens");
         let found = checked.check();
         assert!(found.corruptions.is_empty(), "{:#?}", found.corruptions);
@@ -265,8 +278,10 @@ impl Trial {
             assert!(now == *snapshot, "snapshot {index} changed");
         }
         let disk = SimDisk::with_image(image.clone());
+        let mut how = self.scenario.how.clone();
+        how.data = data.map(|data| disk.beside(data.clone()));
         let content = lab::block_on(async {
-            let engine = lab::open(&disk, &self.scenario.how).await.unwrap();
+            let engine = lab::open(&disk, &how).await.unwrap();
             let content = lab::read(&engine, 0, 0, engine.size()).await.unwrap();
             // Life goes on with the image.
             let bytes = vec![0xcd; (2 * self.cluster).min(engine.size()) as usize];
@@ -282,22 +297,25 @@ impl Trial {
             found.corruptions
         );
         self.judge_content(point, &content);
+        if let Some(data) = data.filter(|_| self.scenario.raw) {
+            let bytes = data.bytes(0, content.len() as u64);
+            assert!(bytes == content, "the raw file is not the disk");
+        }
         if ask_qemu {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("a.qcow2");
             image.save(&path).unwrap();
-            lab::qemu_check(&path, true);
+            if let Some(data) = data {
+                data.save(&dir.path().join("data")).unwrap();
+            }
+            qemu_in(dir.path(), &["check", "-f", "qcow2", "a.qcow2"], &[0, 3]);
             if self.scenario.below.is_empty() {
                 let raw = dir.path().join("raw");
                 std::fs::write(&raw, &content).unwrap();
-                let names = [path.to_str().unwrap(), raw.to_str().unwrap()];
-                common::qemu_img(
-                    &[
-                        ["compare", "-q", "-f", "qcow2", "-F", "raw"].as_slice(),
-                        &names,
-                    ]
-                    .concat(),
-                );
+                let args = [
+                    "compare", "-q", "-f", "qcow2", "-F", "raw", "a.qcow2", "raw",
+                ];
+                qemu_in(dir.path(), &args, &[0]);
             }
         }
     }
@@ -569,6 +587,23 @@ impl Task {
     }
 }
 
+/// `qemu-img`, in the folder: names of data files are relative to it.
+#[track_caller]
+fn qemu_in(folder: &std::path::Path, args: &[&str], codes: &[i32]) {
+    let output = std::process::Command::new("qemu-img")
+        .args(args)
+        .current_dir(folder)
+        .output()
+        .expect("run qemu-img");
+    assert!(
+        output
+            .status
+            .code()
+            .is_some_and(|code| codes.contains(&code)),
+        "qemu-img {args:?}: {output:?}"
+    );
+}
+
 /// Half-random bytes: they compress, but not to nothing.
 fn text(len: u64, seed: u64) -> Vec<u8> {
     common::half_random(len as usize, seed)
@@ -667,6 +702,52 @@ fn subclusters() {
             common::qemu_io(path, &["write -P 0x22 30k 3k", "write -z 71k 2k"]);
         });
         Scenario::new("subclusters and a snapshot", image, seed).run();
+    }
+}
+
+/// An external data file is another file, which loses power with the image;
+/// a raw one is the disk at every moment.
+#[test]
+fn external_data_files() {
+    for (seed, raw, extended_l2) in [
+        (700, false, false),
+        (701, true, false),
+        (702, false, true),
+        (703, false, false),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, data) = (dir.path().join("a.qcow2"), dir.path().join("data"));
+        let options = CreateOptions {
+            cluster_size: if extended_l2 { 16384 } else { 4096 },
+            extended_l2,
+            data_file: Some("data".into()),
+            data_file_raw: raw,
+            ..CreateOptions::new(512 << 10)
+        };
+        lab::block_on(qcow2_ublk::chain::create(&path, &options)).unwrap();
+        let bytes = vec![0x41; 100 << 10];
+        let writable = qcow2_ublk::chain::Options {
+            writable: true,
+            ..Default::default()
+        };
+        let made = qcow2_ublk::Disk::open(&path, &writable).unwrap();
+        made.write_at(&bytes, 64 << 10).unwrap();
+        if !raw {
+            made.write_zeroes_at(96 << 10, 8 << 10, false).unwrap();
+        }
+        made.close().unwrap();
+        let image = sim::Image::load(&path).unwrap();
+        let mut scenario = Scenario::new("external data file", image, seed);
+        scenario.data = Some(sim::Image::load(&data).unwrap());
+        scenario.raw = raw;
+        scenario.states = 200;
+        if seed == 703 {
+            scenario.below = text((400 << 10) + 1536, seed);
+            scenario.how.below = Below::Raw(sim::Image::from_bytes(&scenario.below));
+        } else {
+            scenario.grows = true;
+        }
+        scenario.run();
     }
 }
 

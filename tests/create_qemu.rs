@@ -117,6 +117,8 @@ fn the_same_bytes_as_qemu_img() {
                 CompressionType::Deflate
             },
             extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             lazy_refcounts: lazy,
             preallocation: Preallocation::Off,
             nocow: false,

@@ -329,7 +329,12 @@ fn templates_know_what_qemus_know() {
                 let error = result.expect_err(&case);
                 assert_eq!(error.kind(), ErrorKind::Corrupt, "{case}");
                 assert_eq!(error.errno(), libc::EIO);
-                assert_eq!(disk.image().bytes(target, 4096), image.bytes(target, 4096));
+                let mut left = image.bytes(target, 4096);
+                if what == "bitmap directory" {
+                    // Whoever writes marks the bitmap as in use, before that.
+                    left[15] |= 1;
+                }
+                assert!(disk.image().bytes(target, 4096) == left, "{case}");
                 // The mark is durable before the answer.
                 let history = disk.history();
                 let last = crash_images(&history, 1, 0).last().unwrap();

@@ -237,6 +237,35 @@ fn images_of_every_shape() {
     });
 }
 
+/// Guest data in a file of its own, which is the disk where it is raw.
+#[test]
+fn external_data_files() {
+    watched(300, || {
+        let shapes = [
+            "cluster_size=4k",
+            "cluster_size=64k",
+            "cluster_size=64k,data_file_raw=on",
+            "cluster_size=16k,extended_l2=on",
+            "cluster_size=64k,extended_l2=on,data_file_raw=on",
+            "cluster_size=2M",
+            "cluster_size=512",
+            "cluster_size=512,data_file_raw=on",
+        ];
+        for (seed, options) in (500..).zip(shapes) {
+            let dir = scratch();
+            let (path, data) = (dir.path().join("a.qcow2"), dir.path().join("data"));
+            eprintln!("{options} seed {seed}");
+            let raw = options.contains("raw");
+            let options = format!("{options},data_file={}", name(&data));
+            create(&path, &options, SIZE);
+            let model = exercise(&path, vec![0; SIZE as usize], seed, 150);
+            if raw {
+                assert_same(&std::fs::read(&data).unwrap(), &model, "the raw file");
+            }
+        }
+    });
+}
+
 /// Extended L2 entries, also with compressed clusters underneath and with a
 /// snapshot, whose content has to stay.
 #[test]

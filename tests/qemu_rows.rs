@@ -757,10 +757,6 @@ fn t5_encrypted_images_are_refused_not_read_as_they_are() {
             "{method}: {error}"
         );
     }
-    let data_file = format!("data_file={}", folder.path("data").display());
-    let path = folder.create("b", &data_file, M);
-    refused(&path, &chain::Options::default(), ErrorKind::Unsupported);
-    refused(&path, &writable(), ErrorKind::Unsupported);
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Layer;
-use super::name::resolve;
+use super::name::{resolve, resolve_data};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::create::{CreateOptions, NewImage, Preallocation};
-use crate::qcow2::{Image, ImageOptions};
+use crate::qcow2::{Image, ImageOptions, read_header};
 use crate::storage::{OpenOptions, Storage};
 
 /// The size in bytes of the disk in the file that the image `inside` is to
@@ -24,13 +24,9 @@ pub async fn backing_size(name: &OsStr, format: &str, inside: &Path) -> Result<u
     let layer = match format {
         "raw" => Layer::Raw(storage),
         "qcow2" => {
-            // Its size alone: that needs no key.
-            let options = ImageOptions {
-                metadata_only: true,
-                ..ImageOptions::default()
-            };
-            let image = Image::open(storage, &options).await?;
-            Layer::Qcow2(Box::new(image))
+            // Its own data file, if it has one, does not matter.
+            let header = read_header(&storage).await?;
+            return Ok(header.virtual_size());
         }
         _ => {
             let what = format!("the backing file's format is qcow2 or raw, not {format:?}");
@@ -52,26 +48,63 @@ pub fn backing_path(name: &OsStr, inside: &Path) -> Result<PathBuf> {
 pub async fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let image = options.build().map_err(|e| e.path(path))?;
     if let Some(backing) = &options.backing {
-        refuse_itself(&backing.file, path)?;
+        refuse_same(&resolve(&backing.file, path)?, path, "backing file")?;
     }
-    let existed = fs::symlink_metadata(path).is_ok();
-    let storage = Storage::create(path)?;
-    let made = make(storage, &image, options).await;
-    if made.is_err() && !existed {
+    let data_path = match &options.data_file {
+        None => None,
+        Some(name) => Some(resolve_data(name, path)?),
+    };
+    if let Some(data_path) = &data_path {
+        refuse_same(data_path, path, "data file")?;
+        if let Some(backing) = &options.backing {
+            let backing = resolve(&backing.file, path)?;
+            refuse_same(data_path, &backing, "data file")?;
+        }
+    }
+    let paths = [Some(path), data_path.as_deref()];
+    let new = paths.map(|path| path.filter(|path| fs::symlink_metadata(path).is_err()));
+    let made = async {
+        let storage = Storage::create(path)?;
+        let data = match &data_path {
+            None => None,
+            Some(data_path) => Some(make_data_file(data_path, options).await?),
+        };
+        make(storage, data, &image, options).await
+    }
+    .await;
+    if made.is_err() {
         // Nothing of a failed attempt stays. The first error tells more.
-        let _ = fs::remove_file(path);
+        for path in new.into_iter().flatten() {
+            let _ = fs::remove_file(path);
+        }
     }
     made.map_err(|e| e.path(path))
 }
 
 /// The image, and the space it is to have at once. An interruption of the
 /// latter leaves a whole image with less space, or with leaks.
-async fn make(storage: Storage, image: &NewImage, options: &CreateOptions) -> Result<()> {
+async fn make(
+    storage: Storage,
+    data: Option<Storage>,
+    image: &NewImage,
+    options: &CreateOptions,
+) -> Result<()> {
     if options.nocow && !storage.is_block_device() {
         storage.set_len(0).await?;
         storage.advise_no_cow();
     }
     write(&storage, image).await?;
+    if let Some(data) = data {
+        let mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
+        if options.preallocation == Preallocation::Falloc {
+            data.reserve_space(0, data.len()).await?;
+        }
+        return if mapped {
+            map_all(storage, data).await
+        } else {
+            Ok(())
+        };
+    }
     if options.preallocation == Preallocation::Off {
         return Ok(());
     }
@@ -80,17 +113,48 @@ async fn make(storage: Storage, image: &NewImage, options: &CreateOptions) -> Re
     image.close().await
 }
 
-/// An image that took its backing file's place would destroy it.
-fn refuse_itself(name: &OsStr, path: &Path) -> Result<()> {
+/// Makes an external data file, as long as the disk. A file of that name
+/// loses its content.
+async fn make_data_file(path: &Path, options: &CreateOptions) -> Result<Storage> {
+    let named = |e: Error| e.path(path);
+    let data = Storage::create(path)?;
+    let size = options.size.next_multiple_of(512);
+    if !data.is_block_device() {
+        data.set_len(0).await.map_err(named)?;
+        data.set_len(size).await.map_err(named)?;
+    } else if data.len() < size {
+        let what = format!("the device is smaller than the disk of {size} bytes");
+        return Err(Error::new(ErrorKind::NoSpace, what).path(path));
+    } else if options.data_file_raw {
+        data.write_zeroes(0, size, true).await.map_err(named)?;
+    }
+    data.sync().await.map_err(named)?;
+    Ok(data)
+}
+
+/// Maps all of a new disk to its raw data file, as QEMU does: then others who
+/// write to that file change what the disk shows, everywhere.
+async fn map_all(storage: Storage, data: Storage) -> Result<()> {
+    let image = Image::open_with_data(storage, Some(data), &ImageOptions::default()).await?;
+    image.map_data_file(0, 0, image.size()).await?;
+    image.close().await
+}
+
+/// A file that took the place of another one it needs would destroy it.
+fn refuse_same(other: &Path, path: &Path, what: &str) -> Result<()> {
     let identity = |path: &Path| {
         let metadata = fs::metadata(path).ok()?;
         Some((metadata.dev(), metadata.ino()))
     };
-    let backing = resolve(name, path)?;
-    if identity(&backing).is_none_or(|backing| Some(backing) != identity(path)) {
+    let same = match (identity(other), identity(path)) {
+        (None, None) => other == path,
+        (other, this) => other == this,
+    };
+    if !same {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Usage, "an image cannot be its own backing file").path(path))
+    let what = format!("an image cannot be its own {what}");
+    Err(Error::new(ErrorKind::Usage, what).path(path))
 }
 
 /// Everything but the header is durable before the header is there: what is

@@ -143,7 +143,7 @@ impl Chain {
                     };
                     sparse_files[depth] = Some(sparse);
                     if sparse {
-                        let extent = image.storage().extent_at(host.0);
+                        let extent = image.data().extent_at(host.0);
                         entry.zero = !extent.data;
                         len = len.min(extent.end - host.0);
                     }

@@ -48,6 +48,15 @@ impl Layer {
         }
     }
 
+    /// The file with its guest data: an image may have one of its own for it.
+    #[inline]
+    pub fn data(&self) -> &Storage {
+        match self {
+            Self::Qcow2(image) => image.data(),
+            Self::Raw(storage) => storage,
+        }
+    }
+
     /// Size of the disk the layer shows, in bytes: for raw files a multiple of
     /// 512, the last sector filled up with zeros.
     pub fn size(&self) -> u64 {
@@ -105,6 +114,13 @@ impl Chain {
 
     /// The files, for registration with a ring.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> {
-        self.layers.iter().filter_map(|layer| layer.storage().fd())
+        let data_file = |layer: &Layer| match layer {
+            Layer::Qcow2(image) => image.data_file().and_then(Storage::fd),
+            Layer::Raw(_) => None,
+        };
+        self.layers
+            .iter()
+            .flat_map(move |layer| [layer.storage().fd(), data_file(layer)])
+            .flatten()
     }
 }

@@ -10,6 +10,17 @@ use crate::error::{Error, ErrorKind, Result};
 /// the image that records them. `json:` and protocol names are refused, as is
 /// everything else that is not plainly a path.
 pub(super) fn resolve(name: &OsStr, inside: &Path) -> Result<PathBuf> {
+    let cure = "record a plain file name, with `qemu-img rebase -u -F FORMAT -b FILE`";
+    resolved(name, inside).map_err(|e| e.cure(cure))
+}
+
+/// The same for the name of an external data file.
+pub(super) fn resolve_data(name: &OsStr, inside: &Path) -> Result<PathBuf> {
+    let cure = "record a plain file name, with `qemu-img amend -o data_file=FILE`";
+    resolved(name, inside).map_err(|e| e.cure(cure))
+}
+
+fn resolved(name: &OsStr, inside: &Path) -> Result<PathBuf> {
     let bytes = name.as_bytes();
     if bytes.is_empty() || bytes.contains(&0) {
         return Err(refused(inside, "an empty name, or one with a NUL byte"));
@@ -30,7 +41,6 @@ fn refused(inside: &Path, what: &str) -> Error {
         format!("the image refers to {what}, which is not opened"),
     )
     .path(inside)
-    .cure("record a plain file name, with `qemu-img rebase -u -F FORMAT -b FILE`")
 }
 
 /// Removes `.` and `..` without looking at the file system: the policy must

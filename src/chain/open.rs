@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::name::resolve;
+use super::name::{resolve, resolve_data};
 use super::{Chain, Layer, Policy, temporary};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Header, Image, ImageOptions, Selector};
+use crate::qcow2::{Header, Image, ImageOptions, Selector, read_header};
 use crate::storage::{CacheMode, Locks, OpenOptions, Role, Storage};
 
 /// Deepest chain that is opened.
@@ -67,7 +67,7 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
         snapshot: options.snapshot.clone(),
         ..options.image.clone()
     };
-    let top = open_image(open_top, options.cache, &top).await?;
+    let top = open_image(open_top, options, &top).await?;
 
     let mut seen = vec![top.storage().identity()];
     let below = follow(&top.header(), path, options, &mut seen).await?;
@@ -119,20 +119,64 @@ fn locks(options: &Options, writable: bool) -> Locks {
 /// cache, and direct I/O on those fails.
 const MIN_DIRECT: u64 = 4096;
 
-/// Opens a qcow2 image. Where its clusters are smaller than what direct I/O
-/// can address safely, it goes through the page cache.
+/// Opens a qcow2 image, with its external data file if it has one. Where its
+/// clusters are smaller than what direct I/O can address safely, it goes
+/// through the page cache.
 async fn open_image(
     open: impl Fn(CacheMode) -> Result<Storage>,
-    cache: CacheMode,
-    options: &ImageOptions,
+    options: &Options,
+    image: &ImageOptions,
 ) -> Result<Image> {
-    let image = Image::open(open(cache)?, options).await?;
-    let unit = u64::from(image.storage().alignment());
-    if unit == 1 || unit.max(MIN_DIRECT) <= image.cluster_size() {
+    let open = async |cache| {
+        let storage = open(cache)?;
+        let header = read_header(&storage).await?;
+        let data = open_data(&header, &storage, cache, options)?;
+        Image::open_with_data(storage, data, image).await
+    };
+    let image = open(options.cache).await?;
+    let unit = image.storage().alignment().max(image.data().alignment());
+    if unit == 1 || u64::from(unit).max(MIN_DIRECT) <= image.cluster_size() {
         return Ok(image);
     }
     drop(image);
-    Image::open(open(CacheMode::Writeback)?, options).await
+    open(CacheMode::Writeback).await
+}
+
+/// Opens the external data file of the image in `storage`, if it has one and
+/// the policy allows it.
+fn open_data(
+    header: &Header,
+    storage: &Storage,
+    cache: CacheMode,
+    options: &Options,
+) -> Result<Option<Storage>> {
+    if !header.has_data_file() {
+        return Ok(None);
+    }
+    let inside = storage.path();
+    let Some(name) = header.data_file() else {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "the image has an external data file but does not say which",
+        )
+        .path(inside)
+        .cure("record its name with `qemu-img amend -o data_file=FILE`"));
+    };
+    let path = resolve_data(name, inside)?;
+    let writable = storage.writable();
+    let fd = options.policy.open(&path, inside, writable)?;
+    let how = OpenOptions {
+        writable,
+        cache,
+        locks: locks(options, writable),
+    };
+    let about = |e: Error| e.context(format_args!("the data file of {}", inside.display()));
+    let data = Storage::from_fd(fd, &path, &how).map_err(about)?;
+    if data.identity() == storage.identity() {
+        let what = "the image is recorded as its own external data file";
+        return Err(Error::new(ErrorKind::Corrupt, what).path(inside));
+    }
+    Ok(Some(data))
 }
 
 /// A file below an image, opened for a report.
@@ -282,6 +326,6 @@ pub(super) async fn open_backing(
     if reference.raw {
         return Ok(Layer::Raw(open(options.cache)?));
     }
-    let image = open_image(open, options.cache, &options.image).await?;
+    let image = open_image(open, options, &options.image).await?;
     Ok(Layer::Qcow2(Box::new(image)))
 }

@@ -36,10 +36,11 @@ pub(super) struct Args {
     backing_unsafe: bool,
 
     /// Options with qemu-img's names: cluster_size, compat, refcount_bits,
-    /// lazy_refcounts, extended_l2, compression_type, backing_file,
-    /// backing_fmt, size, preallocation=off|metadata|falloc|full, nocow,
-    /// encrypt.format=luks with encrypt.cipher-alg, cipher-mode, ivgen-alg,
-    /// ivgen-hash-alg, hash-alg, iter-time
+    /// lazy_refcounts, extended_l2, data_file, data_file_raw,
+    /// compression_type, backing_file, backing_fmt, size,
+    /// preallocation=off|metadata|falloc|full, nocow, encrypt.format=luks
+    /// with encrypt.cipher-alg, cipher-mode, ivgen-alg, ivgen-hash-alg,
+    /// hash-alg, iter-time
     #[arg(short, value_name = "NAME=VALUE,...")]
     options: Vec<String>,
 
@@ -104,6 +105,8 @@ fn plan(args: &Args) -> Result<Plan> {
                     .parse()
                     .map_err(|_| usage(format!("refcount_bits={value} is not a number")))?;
             }
+            "data_file" => image.data_file = Some(value.into()),
+            "data_file_raw" => image.data_file_raw = switch(&name, value)?,
             "extended_l2" => image.extended_l2 = switch(&name, value)?,
             "lazy_refcounts" => image.lazy_refcounts = switch(&name, value)?,
             "compression_type" => image.compression_type = compression(value)?,
@@ -229,11 +232,12 @@ fn compression(value: &str) -> Result<CompressionType> {
 
 /// Options that qemu-img has and we have not: off is what we do.
 fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
-    let known = matches!(name, "data_file" | "data_file_raw" | "extent_size_hint");
+    let known = matches!(name, "extent_size_hint");
     if !known {
         return Err(usage(format!("there is no option {name:?}")).cure(
             "there are cluster_size, compat, refcount_bits, lazy_refcounts, extended_l2, \
-             compression_type, backing_file, backing_fmt, size, preallocation and nocow",
+             data_file, data_file_raw, compression_type, backing_file, backing_fmt, size, \
+             preallocation and nocow",
         ));
     }
     if matches!(value, "off" | "no" | "false" | "n" | "0") {

@@ -2,9 +2,9 @@
 //! from both. A key of the file is the name of the long option.
 
 mod file;
+mod guards;
 mod keys;
 mod prompt;
-mod guards;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,8 +19,8 @@ use crate::qcow2::{ImageOptions, Selector};
 use crate::storage::CacheMode;
 use crate::ublk::{self, DataPath};
 
-pub use keys::{Ask, KeySources, parse_key_file};
 pub use guards::{BarrierSetting, OverlapSetting};
+pub use keys::{Ask, KeySources, parse_key_file};
 
 /// Queues of a device that nobody has given a number of, at most.
 const DEFAULT_QUEUES: usize = 4;

@@ -221,6 +221,6 @@ impl Engine {
             // Without its key nothing is written at all.
             Ok(None) | Err(_) => 1,
         };
-        self.top().storage().alignment().max(unit)
+        self.top().data().alignment().max(unit)
     }
 }

@@ -18,7 +18,7 @@ impl Engine {
         host: u64,
         part: &Payload,
     ) -> Moving<'a> {
-        let storage = layer.storage();
+        let storage = layer.data();
         match layer.cipher() {
             Ok(None) => Moving::Plain(storage.start_read(host, part)),
             Ok(Some(cipher)) => {
@@ -36,7 +36,7 @@ impl Engine {
         host: HostOffset,
         part: &Payload,
     ) -> Moving<'_> {
-        let storage = self.top().storage();
+        let storage = self.top().data();
         match self.top().cipher() {
             Ok(None) => Moving::Plain(storage.start_write(host.0, part)),
             Ok(Some(cipher)) => Sealed { storage, cipher }.write(guest, host, *part),
@@ -51,6 +51,14 @@ impl Engine {
         host: HostOffset,
         bytes: &[u8],
     ) -> Result<()> {
+        // A data file ends with the disk, not with the last cluster.
+        let bytes = match self.top().data_file() {
+            Some(_) => {
+                let inside = self.size().saturating_sub(guest.0);
+                &bytes[..bytes.len().min(inside as usize)]
+            }
+            None => bytes,
+        };
         self.start_write_data(guest, host, &Payload::of_slice(bytes))
             .await
     }
@@ -64,7 +72,7 @@ impl Engine {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let storage = self.top().storage();
+        let storage = self.top().data();
         match self.top().cipher()? {
             None => storage.write_zeroes(host.0, len, unmap).await,
             // A hole would be zeros before decryption, and not behind it.
@@ -72,6 +80,23 @@ impl Engine {
                 let sealed = Sealed { storage, cipher };
                 sealed.write(guest, host, Payload::zeros(len)).await
             }
+        }
+    }
+
+    /// Gives back what an external data file has of a range that is not mapped
+    /// to it any more. In an image's own file that is for those who free its
+    /// clusters; here nobody else can get the space, so that it need not wait
+    /// for the unmapping to be durable: before, the range may read as zeros as
+    /// well as after.
+    pub(super) async fn drop_data(&self, start: u64, end: u64) {
+        let Some(data) = self.top().data_file() else {
+            return;
+        };
+        let end = end.min(data.len());
+        // Encrypted, a hole would not read as zeros while it is still mapped.
+        if start < end && matches!(self.top().cipher(), Ok(None)) {
+            // Failing to give space back loses nothing.
+            let _ = data.punch(start, end - start).await;
         }
     }
 }

@@ -232,7 +232,7 @@ impl BlockHandler for Engine {
             discard_granularity: cluster_size,
             optimal_io: cluster_size,
             physical_block: image
-                .storage()
+                .data()
                 .alignment()
                 .max(4096)
                 .min(cluster_size.max(512)),

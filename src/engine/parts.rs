@@ -83,6 +83,25 @@ impl Engine {
             count += 1;
         }
         image.own_l2(slot, first).await?;
+        if image.data_file().is_some() {
+            let len = payload.len().min(count * cluster_size - head);
+            let target = Target {
+                first,
+                written: head..head + len,
+                host: HostOffset(first.0),
+                count,
+                own: false,
+                zeroed: false,
+            };
+            self.fill_parts(&target, [entry, last_entry], payload.slice(0, len))
+                .await?;
+            let change = Change::Parts {
+                reserved: None,
+                written: target.written,
+            };
+            image.change(slot, first, count, change).await?;
+            return Ok(len);
+        }
         let reserved = image.reserve(slot, count).await?;
         if reserved.run().count < count {
             count = reserved.run().count;

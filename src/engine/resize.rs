@@ -37,10 +37,14 @@ impl Engine {
                     .path(image.path()),
             );
         }
+        if space != Preallocation::Off {
+            self.refuse_data_file("growing with preallocation")?;
+        }
         let slot = 0;
         self.prepare().await?;
         image.grow_in_memory(size).await?;
         let stored = async {
+            self.grow_data_file(slot, old, size).await?;
             if !self.reads_zero(0, old, size - old).await? {
                 let _presence = image.enter(slot);
                 self.zero_range(slot, old, size - old, true).await?;
@@ -60,6 +64,45 @@ impl Engine {
         stored.and(bitmaps)
     }
 
+    /// Makes an external data file as long as the disk. A raw one is mapped
+    /// there, as it is everywhere: others may write to it without us.
+    async fn grow_data_file(&self, slot: usize, old: u64, size: u64) -> Result<()> {
+        let image = self.top();
+        let Some(data) = image.data_file() else {
+            return Ok(());
+        };
+        // It may be longer than the disk was, and what is there was not shown:
+        // in the last cluster, and in a raw file everywhere.
+        let shown = if image.has_raw_data_file() {
+            size
+        } else {
+            old.next_multiple_of(image.cluster_size())
+        };
+        let stale = data.len().min(shown);
+        if stale > old {
+            data.write_zeroes(old, stale - old, true).await?;
+        }
+        if data.len() < size && !data.is_block_device() {
+            data.set_len(size).await?;
+        }
+        if image.has_raw_data_file() {
+            image.map_data_file(slot, old, size).await?;
+        }
+        Ok(())
+    }
+
+    fn refuse_data_file(&self, what: &str) -> Result<()> {
+        if self.top().data_file().is_none() {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{what} is not supported for an image with an external data file"),
+        )
+        .path(self.top().path())
+        .cure("use `qemu-img resize`"))
+    }
+
     /// Makes the disk smaller: what is behind `size`, a multiple of 512, is
     /// lost, here and not in snapshots. The file gets shorter at the close.
     ///
@@ -72,6 +115,7 @@ impl Engine {
                     .path(image.path()),
             );
         }
+        self.refuse_data_file("shrinking")?;
         let slot = 0;
         self.prepare().await?;
         let stored = image.store_smaller_size(size).await;

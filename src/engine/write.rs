@@ -130,6 +130,18 @@ impl Engine {
             image.change(slot, first, count, Change::ZeroToData).await?;
             return Ok(len);
         }
+        if image.data_file().is_some() {
+            let target = Target {
+                first,
+                head,
+                host: HostOffset(first.0),
+                count,
+                zeroed: false,
+            };
+            let len = self.fill(&target, payload).await?;
+            image.change(slot, first, count, Change::DataFile).await?;
+            return Ok(len);
+        }
         let reserved = image.reserve(slot, count).await?;
         let target = Target {
             first,

@@ -7,7 +7,7 @@ use super::Engine;
 use crate::block::Payload;
 use crate::error::Result;
 use crate::qcow2::spec::L2Entry;
-use crate::qcow2::{Change, GuestOffset, Mapping};
+use crate::qcow2::{Change, GuestOffset, HostOffset, Mapping};
 
 /// Clusters changed under one range lock: the reach of one L2 slice.
 const STEP: u64 = 512;
@@ -62,6 +62,15 @@ impl Engine {
     async fn change_clusters(&self, slot: usize, start: u64, end: u64, wish: Wish) -> Result<()> {
         let image = self.top();
         let bits = image.cluster_bits();
+        let unmap = !matches!(wish, Wish::Zeros { unmap: false });
+        if image.has_raw_data_file() {
+            // The file is the disk, with or without us: the zeros have to be
+            // in it, and what maps it need not change.
+            let guest = GuestOffset(start);
+            return self
+                .zero_data(guest, HostOffset(start), end - start, unmap)
+                .await;
+        }
         let mut at = start;
         while at < end {
             let extent = image.lookup(GuestOffset(at), end - at).await?;
@@ -97,12 +106,14 @@ impl Engine {
             match self.change_for(extent.mapping, wish) {
                 Some(change) => {
                     image.change(slot, GuestOffset(at), count, change).await?;
+                    if unmap {
+                        self.drop_data(at, at + extent.len).await;
+                    }
                 }
                 None => match extent.mapping {
                     // Zeros in place of a cluster that has to stay mapped.
                     Mapping::Data { host, copied: true } => {
                         image.check_overlap(host, extent.len)?;
-                        let unmap = !matches!(wish, Wish::Zeros { unmap: false });
                         self.zero_data(GuestOffset(at), host, count << bits, unmap)
                             .await?;
                     }
@@ -153,6 +164,9 @@ impl Engine {
             Change::ZeroParts { mask, unmap }
         };
         image.change(slot, first, 1, change).await?;
+        if unmap {
+            self.drop_data(at, stop).await;
+        }
         Ok(stop)
     }
 

@@ -96,6 +96,12 @@ pub struct CreateOptions {
     pub luks: Option<Arc<[u8]>>,
     /// The file under the image.
     pub backing: Option<Backing>,
+    /// The name, as the image is to say it, of a file of its own for guest
+    /// data.
+    pub data_file: Option<OsString>,
+    /// That file is to be, by itself, the disk as it is. The new image maps
+    /// nothing yet: all of the disk has to be mapped to the file.
+    pub data_file_raw: bool,
 }
 
 impl CreateOptions {
@@ -113,6 +119,8 @@ impl CreateOptions {
             nocow: false,
             luks: None,
             backing: None,
+            data_file: None,
+            data_file_raw: false,
         }
     }
 
@@ -140,6 +148,13 @@ impl CreateOptions {
                  clusters would show noise, which is what zeros decrypt to",
             )
             .cure("leave one of them out"));
+        }
+        if self.data_file.is_some() && self.preallocation == Preallocation::Full {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "preallocation=full is not supported with an external data file",
+            )
+            .cure("use preallocation=falloc"));
         }
         let size = self.checked_size(&geometry)?;
         let mut extensions = self.extensions(&geometry)?;
@@ -170,9 +185,10 @@ impl CreateOptions {
             nb_snapshots: 0,
             snapshots_offset: HostOffset(0),
             incompatible: bit(zstd, Incompatible::COMPRESSION)
-                | bit(self.extended_l2, Incompatible::EXTENDED_L2),
+                | bit(self.extended_l2, Incompatible::EXTENDED_L2)
+                | bit(self.data_file.is_some(), Incompatible::DATA_FILE),
             compatible: bit(self.lazy_refcounts, Compatible::LAZY_REFCOUNTS),
-            autoclear: Autoclear::empty(),
+            autoclear: bit(self.data_file_raw, Autoclear::DATA_FILE_RAW),
             refcount_order: geometry.refcount_order,
             compression_type: self.compression_type,
             unknown_fields: if self.version < 3 {
@@ -226,7 +242,7 @@ impl CreateOptions {
             refcount_order: self.refcount_bits.trailing_zeros(),
             version: self.version,
             extended_l2: self.extended_l2,
-            external_data: false,
+            external_data: self.data_file.is_some(),
         })
     }
 
@@ -237,6 +253,7 @@ impl CreateOptions {
             2 if self.compression_type != CompressionType::Deflate => {
                 "Non-zlib compression type is only supported with"
             }
+            2 if self.data_file.is_some() => "External data files are only supported with",
             2 if self.extended_l2 => "Extended L2 entries are only supported with",
             2 if self.lazy_refcounts => "Lazy refcounts only supported with",
             2 => return Ok(()),
@@ -289,6 +306,25 @@ impl CreateOptions {
                 )));
             }
             extensions.push(Extension::BackingFormat(format.clone()));
+        }
+        if let Some(name) = &self.data_file {
+            let bytes = name.as_bytes();
+            if bytes.is_empty() || bytes.len() > MAX_BACKING_NAME || bytes.contains(&0) {
+                return Err(usage(format!(
+                    "The data file's name must be 1 to {MAX_BACKING_NAME} bytes without a NUL"
+                )));
+            }
+            extensions.push(Extension::DataFile(name.clone()));
+        }
+        if self.data_file_raw {
+            if self.data_file.is_none() {
+                return Err(usage("data-file-raw requires data-file"));
+            }
+            if self.backing.is_some() {
+                return Err(usage(
+                    "Backing file and data-file-raw cannot be used at the same time",
+                ));
+            }
         }
         if self.version >= 3 && geometry.cluster_bits > MAX_CLUSTER_BITS_WITHOUT_NAMES {
             extensions.push(Extension::FeatureNames(FeatureName::all()));

@@ -55,6 +55,7 @@ impl Image {
 
     async fn write_back(&self) -> Result<()> {
         if !self.has_dirty_metadata() && !self.refblocks.is_crowded() {
+            self.sync_data().await?;
             return self.storage.sync().await;
         }
         // The frees first, then the copies: what is on the list was unmapped
@@ -97,6 +98,7 @@ impl Image {
         if !self.postpones_refcounts() || self.refblocks.is_crowded() {
             self.write_refcounts().await?;
         }
+        self.sync_data().await?;
         self.storage.sync().await?;
         if l2.is_empty() && l1.is_empty() {
             return Ok(());
@@ -115,6 +117,15 @@ impl Image {
         }
         result?;
         self.storage.sync().await
+    }
+
+    /// Makes what is in an external data file durable; what is in the image's
+    /// own is so with the next sync of that.
+    async fn sync_data(&self) -> Result<()> {
+        match &self.data_file {
+            Some(data) => data.sync().await,
+            None => Ok(()),
+        }
     }
 
     /// Writes the dirty refcount blocks and then, if it changed, the refcount

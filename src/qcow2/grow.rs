@@ -3,9 +3,9 @@
 use std::sync::atomic::Ordering;
 
 use super::alloc::Freed;
-use super::spec::addr::HostOffset;
+use super::spec::addr::{GuestOffset, HostOffset};
 use super::spec::header::{L1_AT, SIZE_AT};
-use super::{Image, lock};
+use super::{Change, Image, lock};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Image {
@@ -33,6 +33,26 @@ impl Image {
         }
         self.begin_bitmap_resize(size).await?;
         self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Maps the part from `start` to `end` of the disk to the external data
+    /// file, whatever it was.
+    pub(crate) async fn map_data_file(&self, slot: usize, start: u64, end: u64) -> Result<()> {
+        /// Clusters mapped between looks at how much is dirty.
+        const STEP: u64 = 1 << 13;
+        let bits = self.geometry.cluster_bits;
+        let mut cluster = start >> bits;
+        let end = end.div_ceil(1 << bits);
+        while cluster < end {
+            let count = STEP.min(end - cluster);
+            let at = GuestOffset(cluster << bits);
+            self.change(slot, at, count, Change::DataFile).await?;
+            if self.is_crowded() {
+                self.flush().await?;
+            }
+            cluster += count;
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use super::spec::addr::{GuestOffset, HostOffset};
 use super::spec::entry::{CompressedRange, L1Entry};
 use super::spec::l2::L2Entry;
 use super::spec::subcluster::{SUBCLUSTERS, Subcluster};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where the bytes of a guest range are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,12 +75,13 @@ impl Image {
         let slice = self.l2_slice(place).await?;
         let in_cluster = at.offset_in(self.geometry.cluster_bits);
         let mut covered = self.geometry.cluster_size() - in_cluster;
-        if let Some((host, _)) = self.decode(&slice, place.index)?.host() {
+        if let Some((host, _)) = self.decode(&slice, place.index, at)?.host() {
             return Ok((Some(host + in_cluster), len.min(covered)));
         }
         let mut index = place.index + 1;
         while covered < len && index < slice.entries() {
-            if self.decode(&slice, index)?.host().is_some() {
+            let next = L2Entry::decode(slice.entry(index), &self.geometry);
+            if next.is_ok_and(|next| next.host().is_some()) {
                 break;
             }
             covered += self.geometry.cluster_size();
@@ -133,14 +134,43 @@ impl Image {
             return Ok(L2Entry::Unallocated);
         };
         let slice = self.l2_slice(place).await?;
-        self.decode(&slice, place.index)
+        self.decode(&slice, place.index, at)
     }
 
-    pub(super) fn decode(&self, slice: &Slice, index: usize) -> Result<L2Entry> {
-        L2Entry::decode(slice.entry(index), &self.geometry).map_err(|bad| {
+    /// Entry `index` of the slice, which maps `at`.
+    #[inline]
+    pub(super) fn decode(&self, slice: &Slice, index: usize, at: GuestOffset) -> Result<L2Entry> {
+        let entry = L2Entry::decode(slice.entry(index), &self.geometry).map_err(|bad| {
             bad.into_error("L2 table", slice.entry_offset(index))
                 .path(self.storage.path())
-        })
+        })?;
+        if self.geometry.external_data {
+            self.check_place(slice, index, at, entry)?;
+        }
+        Ok(entry)
+    }
+
+    /// In an external data file, everything is where it is on the disk.
+    fn check_place(
+        &self,
+        slice: &Slice,
+        index: usize,
+        at: GuestOffset,
+        entry: L2Entry,
+    ) -> Result<()> {
+        let at = at.align_down(self.geometry.cluster_bits);
+        match entry.host() {
+            Some((host, _)) if host.0 != at.0 => Err(Error::corrupt(
+                format!(
+                    "bad entry in the L2 table: it maps the disk's cluster at {:#x} to {host} of the \
+                     external data file, not to the same place",
+                    at.0
+                ),
+                slice.entry_offset(index).0,
+            )
+            .path(self.storage.path())),
+            _ => Ok(()),
+        }
     }
 
     /// As many adjacent entries as make one extent.
@@ -151,7 +181,7 @@ impl Image {
         }
         let cluster_bits = self.geometry.cluster_bits;
         let in_cluster = at.offset_in(cluster_bits);
-        let first = mapping_of(self.decode(slice, index)?, in_cluster);
+        let first = mapping_of(self.decode(slice, index, at)?, in_cluster);
         let mut covered = self.geometry.cluster_size() - in_cluster;
         if matches!(first, Mapping::Compressed(_)) {
             let len = len.min(covered);
@@ -188,7 +218,7 @@ impl Image {
     ) -> Result<Extent> {
         let subcluster_bits = self.geometry.subcluster_bits();
         let in_cluster = at.offset_in(self.geometry.cluster_bits);
-        let entry = self.decode(slice, index)?;
+        let entry = self.decode(slice, index, at)?;
         let (first, subclusters) = part_of(entry, in_cluster, subcluster_bits);
         let mut end = (in_cluster >> subcluster_bits) as u32 + subclusters;
         let mut covered = (u64::from(end) << subcluster_bits) - in_cluster;

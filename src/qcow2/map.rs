@@ -22,6 +22,8 @@ use crate::runtime::Buf;
 pub(crate) enum Change<'a> {
     /// Data in these reserved clusters, which are as many as the clusters.
     Data(Reserved<'a>),
+    /// Data in the external data file, in its own place.
+    DataFile,
     /// This compressed data, for one cluster.
     Compressed(Packed<'a>),
     /// A kept host cluster (of a zero cluster) now holds data.
@@ -35,7 +37,7 @@ pub(crate) enum Change<'a> {
     /// In images with subclusters: `written`, in bytes from the first
     /// cluster's begin, and what [`L2Entry::after_write`] adds to it, is data
     /// now: in the reserved clusters, which are as many as the clusters, or in
-    /// the cluster's own.
+    /// the cluster's own, or in its place in the external data file.
     Parts {
         reserved: Option<Reserved<'a>>,
         written: Range<u64>,
@@ -166,7 +168,13 @@ impl Image {
             let slice = self.l2_slice(place).await?;
             let here = (count - *done).min((slice.entries() - place.index) as u64);
             for index in place.index..place.index + here as usize {
-                self.change_entry(&slice, index, *done, change)?;
+                self.change_entry(
+                    &slice,
+                    index,
+                    at + ((index - place.index) as u64) * self.geometry.cluster_size(),
+                    *done,
+                    change,
+                )?;
                 *done += 1;
             }
         }
@@ -177,13 +185,20 @@ impl Image {
         &self,
         slice: &Arc<Slice>,
         index: usize,
+        guest: GuestOffset,
         nth: u64,
         change: &Change<'_>,
     ) -> Result<()> {
-        let old = self.decode(slice, index)?;
+        let old = self.decode(slice, index, guest)?;
+        // Where the cluster is in an external data file.
+        let in_data_file = HostOffset(guest.0);
         let new = match (change, old) {
             (Change::Data(reserved), _) => L2Entry::Data {
                 host: reserved.offset() + (nth << self.geometry.cluster_bits),
+                copied: true,
+            },
+            (Change::DataFile, _) => L2Entry::Data {
+                host: in_data_file,
                 copied: true,
             },
             (Change::Compressed(packed), _) => L2Entry::Compressed(packed.range()),
@@ -209,6 +224,7 @@ impl Image {
                 let bits = self.geometry.cluster_bits;
                 let host = match reserved {
                     Some(reserved) => Some(reserved.offset() + (nth << bits)),
+                    None if self.geometry.external_data => Some(in_data_file),
                     None => old.own_host(),
                 };
                 let host = host.ok_or_else(|| self.changed_meanwhile(slice, index))?;
@@ -269,6 +285,7 @@ impl Image {
             // After a failed sync nothing can become durable any more; a
             // change of the mapping alone would not meet that failure.
             self.storage.check_writable()?;
+            self.data().check_writable()?;
             self.check_marks()
         } else {
             Err(

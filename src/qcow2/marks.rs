@@ -33,9 +33,9 @@ impl Image {
         if !self.needs_repair {
             return Ok(self);
         }
-        let storage = self.storage;
+        let (storage, data_file) = (self.storage, self.data_file);
         repair_dirty(&storage).await?;
-        Self::open(storage, options).await
+        Self::open_with_data(storage, data_file, options).await
     }
 
     /// Refcounts need not be in the file before what they count: the image

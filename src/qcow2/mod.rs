@@ -56,6 +56,7 @@ pub(crate) use crypt::DataCipher;
 pub use crypt::KeySlots;
 pub use metadata::OverlapCheck;
 pub use open::ImageOptions;
+pub(crate) use open::read_header;
 pub use snapshot::{NewSnapshot, Selector, SnapshotJob};
 pub use spec::addr::{GuestOffset, HostOffset};
 pub use spec::entry::CompressedRange;
@@ -70,6 +71,10 @@ pub(crate) use map::Change;
 #[derive(Debug)]
 pub struct Image {
     storage: Storage,
+    /// The external data file, if the image has one.
+    data_file: Option<Storage>,
+    /// The data file is, by itself, the disk as it is.
+    raw_data_file: bool,
     geometry: Geometry,
     compression: CompressionType,
     encryption: Encryption,
@@ -117,6 +122,23 @@ impl Image {
     /// The file.
     pub fn storage(&self) -> &Storage {
         &self.storage
+    }
+
+    /// The file that guest data is in: the external data file, or the image.
+    #[inline]
+    pub fn data(&self) -> &Storage {
+        self.data_file.as_ref().unwrap_or(&self.storage)
+    }
+
+    /// The external data file, if there is one.
+    pub fn data_file(&self) -> Option<&Storage> {
+        self.data_file.as_ref()
+    }
+
+    /// The external data file is, by itself, the disk as it is: what the disk
+    /// shows as zeros has to be zeros there.
+    pub(crate) fn has_raw_data_file(&self) -> bool {
+        self.raw_data_file
     }
 
     /// The file's name.
@@ -185,6 +207,9 @@ impl Image {
     /// asks for that.
     #[inline]
     pub(crate) fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
+        if self.data_file.is_some() {
+            return Ok(()); // there is no metadata in that file
+        }
         match self.metadata.overlap(host, len) {
             None => Ok(()),
             Some(cluster) => Err(Error::corrupt(

@@ -92,10 +92,24 @@ async fn read_cluster0(storage: &Storage) -> Result<Buf> {
 impl Image {
     /// Opens the image in `storage`; for writing, if the storage is writable.
     pub async fn open(storage: Storage, options: &ImageOptions) -> Result<Self> {
+        Self::open_with_data(storage, None, options).await
+    }
+
+    /// Opens the image in `storage` with its external data file, if it has
+    /// one: which one that is, the image does not decide.
+    pub async fn open_with_data(
+        storage: Storage,
+        data_file: Option<Storage>,
+        options: &ImageOptions,
+    ) -> Result<Self> {
         let header = read_header(&storage).await?;
-        header
-            .require_supported()
-            .map_err(|e| e.path(storage.path()))?;
+        if header.has_data_file() != data_file.is_some() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "the image's data is in another file, which is needed to open it",
+            )
+            .path(storage.path()));
+        }
         if storage.writable() {
             refuse_corrupt(&header).map_err(|e| e.path(storage.path()))?;
         }
@@ -179,10 +193,15 @@ impl Image {
             prepared: AtomicBool::new(false),
             bitmaps: super::Bitmaps::default(),
             suspect_field: sync::Mutex::default(),
+            raw_data_file: header.data_file_is_raw(),
             header: Mutex::new(header),
             storage: match options.barrier {
                 Barrier::None => storage.short_lived(),
                 _ => storage,
+            },
+            data_file: match options.barrier {
+                Barrier::None => data_file.map(Storage::short_lived),
+                _ => data_file,
             },
         };
         if image.writable() && !image.needs_repair {
@@ -220,7 +239,8 @@ impl Image {
     /// Clears the autoclear bits of what is unknown here, durably.
     pub(super) async fn clear_unknown_autoclear(&self) -> Result<()> {
         let bits = self.header().autoclear;
-        let kept = bits & Autoclear::BITMAPS;
+        // A raw data file is kept one.
+        let kept = bits & (Autoclear::BITMAPS | Autoclear::DATA_FILE_RAW);
         if bits != kept {
             self.write_autoclear(kept).await?;
         }

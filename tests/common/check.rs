@@ -16,6 +16,8 @@ use qcow2_ublk::storage::sim::Image;
 /// An image's bytes, decoded on demand.
 pub struct Checked<'a> {
     image: &'a Image,
+    /// Where guest data is: the external data file, or the image.
+    data: &'a Image,
     pub header: Header,
     geometry: Geometry,
     reftable: Vec<u64>,
@@ -51,10 +53,19 @@ impl<'a> Checked<'a> {
         );
         Ok(Self {
             image,
+            data: image,
             header,
             geometry,
             reftable,
         })
+    }
+
+    /// With an external data file.
+    pub fn with_data(self, data: Option<&'a Image>) -> Self {
+        Self {
+            data: data.unwrap_or(self.image),
+            ..self
+        }
     }
 
     pub fn snapshots(&self) -> Vec<Snapshot> {
@@ -176,7 +187,9 @@ impl<'a> Checked<'a> {
                     match L2Entry::decode(raw, &self.geometry) {
                         Ok(L2Entry::Compressed(range)) => add(range.offset, range.max_len),
                         Ok(entry) => {
-                            if let Some((host, copied)) = entry.host() {
+                            // In an external data file nothing is counted.
+                            let counted = |_: &_| !self.geometry.external_data;
+                            if let Some((host, copied)) = entry.host().filter(counted) {
                                 add(host, 1);
                                 if active {
                                     copied_flags.push((host, copied, "L2"));
@@ -266,7 +279,7 @@ impl<'a> Checked<'a> {
                                 }
                                 (Subcluster::Data, Some(host)) => {
                                     let at = host.0 + u64::from(index) * len;
-                                    disk.extend(self.image.bytes(at, len));
+                                    disk.extend(self.data.bytes(at, len));
                                 }
                                 _ => disk.resize(disk.len() + len as usize, 0),
                             }
@@ -276,7 +289,7 @@ impl<'a> Checked<'a> {
                         disk.resize(disk.len() + cluster_size as usize, 0);
                     }
                     L2Entry::Data { host, .. } => {
-                        disk.extend(self.image.bytes(host.0, cluster_size));
+                        disk.extend(self.data.bytes(host.0, cluster_size));
                     }
                     L2Entry::Compressed(range) => {
                         let input = self.image.bytes(range.offset.0, range.max_len);

@@ -27,6 +27,8 @@ pub enum Below {
 #[derive(Clone)]
 pub struct How {
     pub below: Below,
+    /// The disk with the image's external data file.
+    pub data: Option<SimDisk>,
     pub alignment: u32,
     pub queues: usize,
     pub punch: bool,
@@ -38,6 +40,7 @@ impl Default for How {
     fn default() -> Self {
         Self {
             below: Below::Nothing,
+            data: None,
             alignment: 1,
             queues: 1,
             punch: true,
@@ -56,7 +59,12 @@ pub async fn open(disk: &SimDisk, how: &How) -> Result<Engine> {
         overlap_check: how.overlap_check,
         ..ImageOptions::default()
     };
-    let image = Image::open(Storage::simulated(disk, how.alignment), &options).await?;
+    let data = how
+        .data
+        .as_ref()
+        .map(|data| Storage::simulated(data, how.alignment));
+    let storage = Storage::simulated(disk, how.alignment);
+    let image = Image::open_with_data(storage, data, &options).await?;
     let image = image.repaired(&options).await?;
     let storage = |image: &sim::Image| Storage::simulated(&SimDisk::with_image(image.clone()), 1);
     let below = match &how.below {

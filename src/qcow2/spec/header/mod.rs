@@ -49,8 +49,8 @@ pub enum CryptMethod {
     Luks,
 }
 
-/// A header that obeys the format's rules. Whether this program can serve
-/// such an image is for [`Header::unsupported`] to say.
+/// A header that obeys the format's rules, and asks for nothing that is not
+/// known here.
 ///
 /// A parsed header that is encoded again says the same: fields, extensions
 /// and bits that are unknown here are kept.
@@ -190,6 +190,16 @@ impl Header {
             })
     }
 
+    /// Guest data is in a file of its own.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible.contains(Incompatible::DATA_FILE)
+    }
+
+    /// The external data file is, by itself, the disk as it is.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear.contains(Autoclear::DATA_FILE_RAW)
+    }
+
     /// The image's own feature names; empty if it has none.
     pub fn feature_names(&self) -> &[FeatureName] {
         self.extensions
@@ -199,22 +209,6 @@ impl Header {
                 _ => None,
             })
             .unwrap_or_default()
-    }
-
-    /// Features of the image that are in order but that this program cannot
-    /// serve yet, each named. This is the one place that says so.
-    pub fn unsupported(&self) -> Vec<String> {
-        let bits = self.incompatible & Incompatible::DATA_FILE;
-        features::incompatible_names(bits, self.feature_names())
-    }
-
-    /// `Err` with [`ErrorKind::Unsupported`] if [`Header::unsupported`] names
-    /// anything.
-    pub fn require_supported(&self) -> crate::Result<()> {
-        match self.unsupported() {
-            names if names.is_empty() => Ok(()),
-            names => Err(unsupported_features(&names)),
-        }
     }
 }
 

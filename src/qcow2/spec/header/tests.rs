@@ -395,21 +395,6 @@ fn unknown_incompatible_features_are_named_by_the_image() {
 }
 
 #[test]
-fn what_is_not_supported_yet_is_named() {
-    assert!(full().unsupported().is_empty() && full().require_supported().is_ok());
-    let header = Header {
-        incompatible: Incompatible::DATA_FILE | Incompatible::EXTENDED_L2 | Incompatible::DIRTY,
-        ..v2()
-    };
-    let error = header.require_supported().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_eq!(
-        error.to_string(),
-        "Unsupported qcow2 feature(s): external data file"
-    );
-}
-
-#[test]
 fn too_short_files() {
     let bytes = full().encode().unwrap();
     for len in 0..V3_MIN_LEN {
