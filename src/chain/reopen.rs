@@ -77,6 +77,13 @@ pub async fn open_apart(path: &Path, options: &Options, base: Option<&OsStr>) ->
         header = image.header();
         if is_base {
             let below = follow(&header, &inside, options, &mut seen).await?;
+            // Only now: an image whose chain is not whole stays as it is.
+            let layer = match layer {
+                Layer::Qcow2(image) => {
+                    Layer::Qcow2(Box::new(image.repaired(&options.image).await?))
+                }
+                raw @ Layer::Raw(_) => raw,
+            };
             let mut base = vec![layer];
             base.extend(below);
             return Ok(Apart { upper, base });

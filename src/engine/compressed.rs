@@ -4,7 +4,7 @@ use super::Engine;
 use crate::block::Payload;
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{Change, GuestOffset};
+use crate::qcow2::{Change, GuestOffset, Mapping};
 use crate::runtime::Buf;
 
 impl Engine {
@@ -67,6 +67,12 @@ impl Engine {
         };
         // What the cluster is to show, with zeros past the end of the disk.
         let inside = image.cluster_size().min(self.size() - first.0) as usize;
+        if part.len() < inside && self.is_in_place(first).await? {
+            // Others may be writing to it in place, which takes no lock: what
+            // they write beside this part would be lost in the copy.
+            drop(range);
+            return self.write_range(slot, at, Payload::of_slice(part)).await;
+        }
         let (shown, past) = cluster.split_at_mut(inside);
         past.fill(0);
         if part.len() < inside {
@@ -89,6 +95,12 @@ impl Engine {
                 self.write_range(slot, at, Payload::of_slice(part)).await
             }
         }
+    }
+
+    /// True when the cluster at `first` is overwritten where it is.
+    async fn is_in_place(&self, first: GuestOffset) -> Result<bool> {
+        let extent = self.top().lookup(first, 1).await?;
+        Ok(matches!(extent.mapping, Mapping::Data { copied: true, .. }))
     }
 
     /// Makes the whole cluster at `offset` show what `stream` decompresses to.
