@@ -327,6 +327,11 @@ fn entries_that_cannot_be_right() {
         }
         disk.read_at(&mut bytes, 128 * K).unwrap();
         assert!(bytes.iter().all(|&b| b == 1));
+        drop(disk);
+        // The write has marked the image corrupt: nobody writes to it now.
+        let error = Disk::open(&image, &writable()).unwrap_err();
+        assert!(error.to_string().contains("marked corrupt"), "{error}");
+        file.write_all_at(&reader.file[72..80], 72).unwrap();
     }
     let disk = Disk::open(&image, &writable()).unwrap();
     let error = disk.write_compressed_at(&[0; 65536], 0, None).unwrap_err();

@@ -30,6 +30,7 @@ const SHAPES: &[Shape] = &[
     shape("64-bit refcounts", "cluster_size=4k,refcount_bits=64"),
     shape("lazy refcounts", "lazy_refcounts=on"),
     shape("zstd", "compression_type=zstd"),
+    shape("extended L2", "extended_l2=on,cluster_size=128k"),
 ];
 
 const fn shape(name: &'static str, options: &'static str) -> Shape {
@@ -282,4 +283,169 @@ fn their_snapshots_stay_as_they_were() {
     qemu_img(&["snapshot", "-a", "s1", name(&image)]);
     same("the snapshot", &before, &their_content(&image));
     same("the snapshot, read by us", &before, &our_content(&image));
+}
+
+#[test]
+fn our_snapshots() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    ours(&["create", name(&image), "8M"]);
+    our_io(&image, FIRST);
+    let before = our_content(&image);
+    ours(&["snapshot", "create", name(&image), "s1"]);
+    common::qemu_io(&image, SECOND);
+    let after = their_content(&image);
+    assert_ne!(before, after);
+    ours(&["snapshot", "create", name(&image), "s2"]);
+    qemu_img(&["snapshot", "-a", "s1", name(&image)]);
+    same("theirs of our first", &before, &their_content(&image));
+    ours(&["snapshot", "apply", name(&image), "s2"]);
+    same("ours of the second", &after, &their_content(&image));
+    qemu_img(&["snapshot", "-d", "s1", name(&image)]);
+    ours(&["snapshot", "delete", name(&image), "s2"]);
+    same("without any", &after, &their_content(&image));
+}
+
+#[test]
+fn external_data_files() {
+    for raw in ["off", "on"] {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        // Whether a relative name is relative to the image is a matter of the
+        // version.
+        let options = format!("data_file={},data_file_raw={raw}", name(&data));
+        let image = dir.path().join("a.qcow2");
+        let mut contents = Vec::new();
+        for by_us in [false, true] {
+            if by_us {
+                ours(&["create", "-o", &options, name(&image), "8M"]);
+                our_io(&image, FIRST);
+                common::qemu_io(&image, SECOND);
+            } else {
+                qemu_img(&[
+                    "create",
+                    "-q",
+                    "-f",
+                    "qcow2",
+                    "-o",
+                    &options,
+                    name(&image),
+                    "8M",
+                ]);
+                common::qemu_io(&image, FIRST);
+                our_io(&image, SECOND);
+            }
+            let content = their_content(&image);
+            let what = format!("raw {raw}, by us {by_us}");
+            same(&what, &content, &trusting(&image));
+            if raw == "on" {
+                same(&what, &content, &std::fs::read(&data).unwrap());
+            }
+            contents.push(content);
+            std::fs::remove_file(&image).unwrap();
+            std::fs::remove_file(&data).unwrap();
+        }
+        same(raw, &contents[0], &contents[1]);
+    }
+}
+
+/// As [`our_content`], with all files that the image names.
+fn trusting(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("mine");
+    ours(&[
+        "convert",
+        "--trust-chain",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        name(image),
+        name(&raw),
+    ]);
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(raw).unwrap();
+    bytes
+}
+
+#[test]
+fn luks() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("key");
+    std::fs::write(&key, "open sesame").unwrap();
+    let secret = format!("secret,id=k,file={}", name(&key));
+    let (theirs, mine) = (
+        dir.path().join("theirs.qcow2"),
+        dir.path().join("mine.qcow2"),
+    );
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "--object",
+        &secret,
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10",
+        name(&theirs),
+        "8M",
+    ]);
+    ours(&[
+        "create",
+        "--key-file",
+        name(&key),
+        "-o",
+        "encrypt.format=luks,encrypt.iter-time=10",
+        name(&mine),
+        "8M",
+    ]);
+    for image in [&theirs, &mine] {
+        let options = format!(
+            "driver=qcow2,encrypt.key-secret=k,file.driver=file,file.filename={}",
+            name(image)
+        );
+        let (code, text) = run(
+            "qemu-io",
+            &[
+                "--object",
+                &secret,
+                "--image-opts",
+                &options,
+                "-c",
+                FIRST[0],
+                "-c",
+                FIRST[1],
+            ],
+        );
+        assert_eq!(code, Some(0), "{text}");
+        let ours_then = [
+            "io",
+            "--key-file",
+            name(&key),
+            "-c",
+            SECOND[0],
+            "-c",
+            SECOND[2],
+        ];
+        ours(&[&ours_then[..], &[name(image)]].concat());
+        let (code, text) = run(
+            "qemu-io",
+            &[
+                "--object",
+                &secret,
+                "--image-opts",
+                &options,
+                "-c",
+                "read -P 0x11 0 32k",
+                "-c",
+                "read -P 0x55 32k 128k",
+                "-c",
+                "read -P 0x77 4M 700k",
+                "-c",
+                "read -P 0 1M 1M",
+            ],
+        );
+        assert_eq!(code, Some(0), "{text}");
+        assert!(!text.contains("Pattern verification failed"), "{text}");
+        qemu_img(&["check", "-q", "--object", &secret, "--image-opts", &options]);
+    }
 }
