@@ -144,3 +144,31 @@ fn files_stay_small() {
         assert!(lines <= 800, "{} has {lines} lines", file.display());
     }
 }
+
+/// What the roadmap and docs/testing.md name as proof is there to be run.
+#[test]
+fn tests_that_are_named_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = all_sources();
+    sources(&root.join("tests"), &mut files);
+    let mut functions = BTreeSet::new();
+    for source in files {
+        let text = fs::read_to_string(source).unwrap();
+        for rest in text.split("fn ").skip(1) {
+            let end = rest.find(|c: char| !is_word(c)).unwrap_or(rest.len());
+            functions.insert(rest[..end].to_owned());
+        }
+    }
+    for name in ["TODO.md", "docs/testing.md"] {
+        let text = fs::read_to_string(root.join(name)).unwrap();
+        for word in text.split(|c: char| !is_word(c)) {
+            // Long enough not to be a field or a file.
+            let looks = word.matches('_').count() >= 3 && word.to_lowercase() == word;
+            assert!(!looks || functions.contains(word), "{name}: no test {word}");
+        }
+    }
+}
+
+fn is_word(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}

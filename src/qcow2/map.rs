@@ -75,6 +75,16 @@ impl Image {
                 bad.into_error("L1 table", self.l1.offset() + index * 8)
                     .path(self.storage.path())
             })?;
+            if let L1Entry::Table { offset, .. } = entry
+                && self.metadata.is_double(offset)
+            {
+                return Err(Error::corrupt(
+                    "the L2 table is other metadata as well; the write is refused",
+                    self.l1.offset().0 + index * 8,
+                )
+                .path(self.storage.path())
+                .cure("close the image and run `qcow2-ublk check -r all`"));
+            }
             match entry {
                 L1Entry::Table {
                     offset,

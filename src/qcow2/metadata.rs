@@ -2,6 +2,7 @@
 //! whatever a damaged L2 table says (item 85).
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use super::spec::addr::HostOffset;
@@ -50,6 +51,10 @@ pub(crate) struct Metadata {
     cluster_bits: u32,
     template: OverlapCheck,
     clusters: RwLock<HashSet<u64>>,
+    /// L2 tables of a damaged image that are something else as well.
+    doubles: RwLock<HashSet<u64>>,
+    /// There are any.
+    has_doubles: AtomicBool,
 }
 
 impl Metadata {
@@ -58,6 +63,8 @@ impl Metadata {
             cluster_bits,
             template,
             clusters: RwLock::default(),
+            doubles: RwLock::default(),
+            has_doubles: AtomicBool::new(false),
         }
     }
 
@@ -90,7 +97,27 @@ impl Metadata {
         clusters.extend(offset.cluster(self.cluster_bits)..=last);
     }
 
-    /// Forgets all of them.
+    /// The L2 table at `offset` is other metadata as well, or two L2 tables.
+    pub(crate) fn add_double(&self, offset: HostOffset) {
+        self.doubles
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(offset.0);
+        self.has_doubles.store(true, Ordering::Release);
+    }
+
+    /// True when the L2 table at `offset` must not be written to: see
+    /// [`Self::add_double`].
+    pub(crate) fn is_double(&self, offset: HostOffset) -> bool {
+        self.has_doubles.load(Ordering::Acquire)
+            && self
+                .doubles
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains(&offset.0)
+    }
+
+    /// Forgets all of them, but not what was found wrong.
     pub(crate) fn clear(&self) {
         self.clusters
             .write()

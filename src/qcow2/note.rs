@@ -1,5 +1,7 @@
 //! Finding out, when an image is opened for writing, where its metadata is.
 
+use std::collections::HashSet;
+
 use super::Image;
 use super::metadata::Structure;
 use super::snapshot;
@@ -25,16 +27,28 @@ impl Image {
                 self.metadata.add(HostOffset(block));
             }
         }
-        for index in 0..self.l1.len() as u64 {
-            if let Ok(L1Entry::Table { offset, .. }) =
-                L1Entry::decode(self.l1.get(index), &self.geometry)
-            {
-                self.metadata.add(offset);
-            }
-        }
+        self.note_l2_tables();
         if let Err(error) = self.note_snapshots().await {
             // Only those who want the snapshots need them to be in order.
             tracing::warn!("the snapshots' tables are not protected: {error}");
+        }
+    }
+
+    /// Notes where the L2 tables are, after all that there is one of.
+    fn note_l2_tables(&self) {
+        let mut tables = HashSet::new();
+        for index in 0..self.l1.len() as u64 {
+            let entry = L1Entry::decode(self.l1.get(index), &self.geometry);
+            let Ok(L1Entry::Table { offset, copied }) = entry else {
+                continue;
+            };
+            // Several entries may share a table, but then none calls it its own.
+            let is_new = tables.insert(offset.0);
+            let is_other = is_new && self.metadata.overlap(offset, 1).is_some();
+            if is_other || copied && !is_new {
+                self.metadata.add_double(offset);
+            }
+            self.metadata.add(offset);
         }
     }
 
