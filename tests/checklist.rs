@@ -356,3 +356,61 @@ fn a_cache_far_too_small() {
         assert_eq!(bytes[1000..], [1_u8.wrapping_add(n as u8); 64]);
     }
 }
+
+/// Writes of zeros with `detect-zeroes`: the image becomes what QEMU makes of
+/// it, cluster by cluster.
+#[test]
+fn zeros_are_detected_as_qemu_does() {
+    let commands = [
+        "write -P 7 0 256k",
+        "write -P 0 64k 64k",
+        "write -P 0 130k 3k",
+        "write -P 0 512k 100k",
+        "write -P 8 640k 64k",
+        "write -P 0 600k 104k",
+    ];
+    for mode in ["off", "on", "unmap"] {
+        let mut maps = Vec::new();
+        for ours in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let image = created(dir.path(), "", "1M");
+            let path = image.to_str().unwrap();
+            let options = format!(
+                "driver=qcow2,detect-zeroes={mode},discard=unmap,file.driver=file,file.filename={path}"
+            );
+            let mut args = if ours {
+                vec!["io", "--detect-zeroes", mode]
+            } else {
+                vec!["--image-opts"]
+            };
+            for command in &commands {
+                args.extend(["-c", command]);
+            }
+            args.push(if ours { path } else { &options });
+            let program = if ours {
+                env!("CARGO_BIN_EXE_qcow2-ublk")
+            } else {
+                "qemu-io"
+            };
+            let (code, text) = run(program, &args);
+            assert_eq!(code, Some(0), "{text}");
+            clean(&image);
+            let map = qemu_img(&["map", "--output=json", "-f", "qcow2", path]);
+            let entries: serde_json::Value = serde_json::from_str(&map).unwrap();
+            // Zeros that are said and zeros that are not there read the same.
+            let mut shown = Vec::new();
+            for entry in entries.as_array().unwrap() {
+                let kind = (entry["zero"].as_bool(), entry["offset"].is_u64());
+                if shown.last().is_none_or(|&(_, last)| last != kind) {
+                    shown.push((entry["start"].as_u64().unwrap(), kind));
+                }
+            }
+            let disk = Disk::open(&image, &chain::Options::default()).unwrap();
+            let mut content = vec![0; M as usize];
+            disk.read_at(&mut content, 0).unwrap();
+            maps.push((shown, content));
+        }
+        assert_eq!(maps[0].0, maps[1].0, "{mode}");
+        assert!(maps[0].1 == maps[1].1, "{mode}");
+    }
+}

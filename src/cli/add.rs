@@ -55,7 +55,8 @@ pub(super) struct Args {
 
     /// Keep what is written in a file in DIR [default: /var/tmp] that is lost
     /// with the device; the image is opened read-only, and others may do the
-    /// same. The file is not encrypted, even where the image is
+    /// same. Encrypted with a
+    /// key of its own where a file of the chain is
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = TEMPORARY)]
     temporary: Option<PathBuf>,
 
@@ -106,6 +107,7 @@ impl Args {
             data_path: self.data_path,
             cache: self.cache,
             discard: self.discard,
+            detect_zeroes: self.guards.detect_zeroes,
             barrier: self.guards.barrier,
             overlap_check: self.guards.overlap_check,
             part_scan: self.no_part_scan.then_some(false),

@@ -12,7 +12,7 @@ use super::{done, output, size};
 use crate::block::{BlockHandler, Op, Payload, Request};
 use crate::chain;
 use crate::config::CacheSetting;
-use crate::engine::{self, Engine, Housekeeper};
+use crate::engine::{Engine, Housekeeper};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::ImageOptions;
 use crate::runtime::{self, Buf, Runtime};
@@ -131,7 +131,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let main = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;
     let chain = main.block_on(chain::open(&args.image, &options))?;
-    let engine = Arc::new(Engine::new(chain, engine::Options::default()));
+    let engine = Arc::new(Engine::new(chain, args.guards.engine_options()));
     check(args, engine.size()).map_err(|e| e.path(&args.image))?;
     let housekeeper = if args.write {
         Some(Housekeeper::start(Arc::clone(&engine))?)

@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use super::size;
 use crate::chain;
 use crate::config::{
-    Ask, BackingFormat, BarrierSetting, KeySources, OverlapSetting, Settings, parse_key_file,
+    Ask, BackingFormat, BarrierSetting, DetectZeroesSetting, KeySources, OverlapSetting, Settings,
+    parse_key_file,
 };
+use crate::engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{ImageOptions, Selector};
 
@@ -141,9 +143,9 @@ impl SnapshotArg {
     }
 }
 
-/// What is durable when, and what is never written over.
+/// What is durable when, what is never written over, what becomes of zeros.
 #[derive(Clone, Debug, Default, clap::Args)]
-#[command(next_help_heading = "Safety")]
+#[command(next_help_heading = "Writes")]
 pub(super) struct GuardArgs {
     /// What is durable when [default: batched]
     #[arg(long, value_name = "WHEN")]
@@ -152,9 +154,21 @@ pub(super) struct GuardArgs {
     /// Which metadata is protected from being written over [default: cached]
     #[arg(long, value_name = "WHAT")]
     pub(super) overlap_check: Option<OverlapSetting>,
+
+    /// What becomes of writes of zeros [default: off]
+    #[arg(long, value_name = "WHAT")]
+    pub(super) detect_zeroes: Option<DetectZeroesSetting>,
 }
 
 impl GuardArgs {
+    /// How the engine treats requests.
+    pub(super) fn engine_options(&self) -> engine::Options {
+        engine::Options {
+            detect_zeroes: self.detect_zeroes.map_or_else(Default::default, Into::into),
+            ..engine::Options::default()
+        }
+    }
+
     /// The usual options of an image, but for these.
     pub(super) fn apply(&self, usual: ImageOptions) -> ImageOptions {
         ImageOptions {

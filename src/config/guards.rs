@@ -1,7 +1,9 @@
-//! Settings about what is durable when, and what is never written over.
+//! Settings about how writes are treated: what is durable when, what is never
+//! written over, and what becomes of zeros.
 
 use serde::Deserialize;
 
+use crate::engine::DetectZeroes;
 use crate::qcow2::{Barrier, OverlapCheck};
 
 /// What is durable when.
@@ -51,6 +53,28 @@ impl From<OverlapSetting> for OverlapCheck {
             OverlapSetting::Constant => Self::Constant,
             OverlapSetting::Cached => Self::Cached,
             OverlapSetting::All => Self::All,
+        }
+    }
+}
+
+/// What becomes of writes of zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DetectZeroesSetting {
+    /// They are written
+    Off,
+    /// They become zeros that take no new space
+    On,
+    /// Besides, the space they cover is given up
+    Unmap,
+}
+
+impl From<DetectZeroesSetting> for DetectZeroes {
+    fn from(setting: DetectZeroesSetting) -> Self {
+        match setting {
+            DetectZeroesSetting::Off => Self::Off,
+            DetectZeroesSetting::On => Self::On,
+            DetectZeroesSetting::Unmap => Self::Unmap,
         }
     }
 }

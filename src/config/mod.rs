@@ -19,7 +19,7 @@ use crate::qcow2::{ImageOptions, Selector};
 use crate::storage::CacheMode;
 use crate::ublk::{self, DataPath};
 
-pub use guards::{BarrierSetting, OverlapSetting};
+pub use guards::{BarrierSetting, DetectZeroesSetting, OverlapSetting};
 pub use keys::{Ask, KeySources, parse_key_file};
 
 /// Queues of a device that nobody has given a number of, at most.
@@ -52,6 +52,8 @@ pub struct Settings {
     pub cache: Option<CacheSetting>,
     /// What discards do.
     pub discard: Option<DiscardSetting>,
+    /// What becomes of writes of zeros.
+    pub detect_zeroes: Option<DetectZeroesSetting>,
     /// What is durable when.
     pub barrier: Option<BarrierSetting>,
     /// Which metadata is protected from being written over.
@@ -160,6 +162,7 @@ impl Settings {
             data_path: self.data_path.or(lower.data_path),
             cache: self.cache.or(lower.cache),
             discard: self.discard.or(lower.discard),
+            detect_zeroes: self.detect_zeroes.or(lower.detect_zeroes),
             barrier: self.barrier.or(lower.barrier),
             overlap_check: self.overlap_check.or(lower.overlap_check),
             part_scan: self.part_scan.or(lower.part_scan),
@@ -220,6 +223,15 @@ impl Settings {
             Error::new(ErrorKind::Usage, "the image is missing")
                 .cure("name it, or give a --config FILE that does")
         })?;
+        if self.detect_zeroes == Some(DetectZeroesSetting::Unmap)
+            && self.discard.unwrap_or_default() != DiscardSetting::Unmap
+        {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "detect-zeroes=unmap gives space up, which discard=ignore forbids",
+            )
+            .cure("use detect-zeroes=on, or discard=unmap"));
+        }
         let usual = ublk::Options::default();
         let queues = self.queues.unwrap_or_else(|| {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -291,6 +303,7 @@ impl Settings {
             engine: engine::Options {
                 discard: self.discard.unwrap_or_default() == DiscardSetting::Unmap,
                 request_unit: logical_block,
+                detect_zeroes: self.detect_zeroes.map_or_else(Default::default, Into::into),
             },
         })
     }

@@ -8,6 +8,7 @@ mod cipher;
 mod commit;
 mod compressed;
 mod data;
+mod detect;
 mod flight;
 mod housekeeper;
 mod parts;
@@ -26,6 +27,7 @@ use crate::runtime;
 
 pub use commit::Commit;
 pub(crate) use compressed::is_zero;
+pub use detect::DetectZeroes;
 pub use housekeeper::Housekeeper;
 use ranges::Ranges;
 pub use rebase::Progress;
@@ -39,6 +41,8 @@ pub struct Options {
     /// Requests are multiples of this many bytes (the device's logical block
     /// size, or 1): below the storage's own unit, writes exclude each other.
     pub request_unit: u32,
+    /// What becomes of writes of zeros.
+    pub detect_zeroes: DetectZeroes,
 }
 
 impl Default for Options {
@@ -46,6 +50,7 @@ impl Default for Options {
         Self {
             discard: true,
             request_unit: 1,
+            detect_zeroes: DetectZeroes::Off,
         }
     }
 }
@@ -111,7 +116,13 @@ impl Engine {
         let before = self.top().changes();
         let result = {
             let writing = self.begin_write(queue, offset, payload.len()).await?;
-            self.write_range(writing.slot, offset, payload).await
+            match self.zeros_found(&payload)? {
+                None => self.write_range(writing.slot, offset, payload).await,
+                Some(unmap) => {
+                    let len = payload.len();
+                    self.zero_range(writing.slot, offset, len, unmap).await
+                }
+            }
         };
         self.settle(before, result).await
     }

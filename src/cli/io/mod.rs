@@ -15,7 +15,7 @@ use super::image::{GuardArgs, PolicyArgs, SnapshotArg, TEMPORARY};
 use crate::block::BlockHandler;
 use crate::chain;
 use crate::config::CacheSetting;
-use crate::engine::{self, Engine};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
 use crate::storage::CacheMode;
@@ -82,7 +82,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let runtime = Runtime::best(RING_ENTRIES).map_err(|e| Error::io("make an executor", e))?;
     runtime.block_on(async {
         let chain = chain::open(&args.image, &options).await?;
-        let engine = Arc::new(Engine::new(chain, engine::Options::default()));
+        let engine = Arc::new(Engine::new(chain, args.guards.engine_options()));
         engine.queue_started(0)?;
         let mut session = Session::new(Arc::clone(&engine));
         let ran = if args.command.is_empty() {
