@@ -219,6 +219,34 @@ snapshot_device() {
     sound disk.qcow2
 }
 
+# fio's verification, discards, and the same content after a new start, on an
+# image made with OPTIONS; QEMU reads the same.
+other_format() {
+    local path=$1 options=$2 device sum
+    local -a key=() reader=(qemu-img convert -f qcow2)
+    [[ $options != *luks* ]] || key=(--key-file "$PWD/key")
+    printf 'open sesame' >key
+    qcow2-ublk create "${key[@]}" -o "$options" disk.qcow2 64M
+    device=$(qcow2-ublk add --data-path "$path" --queues 2 "${key[@]}" disk.qcow2)
+    fio --name=v --filename="$device" --rw=randrw --bsrange=512-96k --blockalign=512 --size=48M --io_size=24M \
+        --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --randseed=3 --output=/dev/null
+    blkdiscard -o 50M -l 8M "$device"
+    sum=$(sha256sum <"$device")
+    qcow2-ublk del "$device"
+    device=$(qcow2-ublk add --read-only --data-path "$path" "${key[@]}" disk.qcow2)
+    [[ $(sha256sum <"$device") == "$sum" ]]
+    qcow2-ublk del "$device"
+    if [[ $options == *luks* ]]; then
+        fails qcow2-ublk add --key-file /dev/null disk.qcow2
+        reader=(qemu-img convert --object "secret,id=k,file=key" --image-opts)
+        "${reader[@]}" -O raw "driver=qcow2,encrypt.key-secret=k,file.filename=disk.qcow2" raw
+    else
+        qemu-img check disk.qcow2
+        "${reader[@]}" -O raw disk.qcow2 raw
+    fi
+    [[ $(sha256sum <raw) == "$sum" ]]
+}
+
 # Two devices over one image, each with writes of its own, that are gone when
 # they are; the image stays as it was.
 temporary_device() {
@@ -352,6 +380,9 @@ for path in "${paths[@]}"; do
     try "discard hides the backing file ($path)" discard_hides_backing --data-path "$path"
     try "image on a block device ($path)" on_block_device --data-path "$path"
     try "full file system ($path)" no_space --data-path "$path"
+    try "subclusters ($path)" other_format "$path" extended_l2=on,cluster_size=128k
+    try "data file ($path)" other_format "$path" data_file=data,data_file_raw=on
+    try "LUKS ($path)" other_format "$path" encrypt.format=luks,encrypt.iter-time=10
     try "del during I/O ($path)" deleted_during_io --data-path "$path" --queues 2
     try "SIGTERM during I/O ($path)" terminated_during_io --data-path "$path" --queues 2
 done
