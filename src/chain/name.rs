@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// the image that records them. `json:` and protocol names are refused, as is
 /// everything else that is not plainly a path.
 pub(super) fn resolve(name: &OsStr, inside: &Path) -> Result<PathBuf> {
-    let cure = "record a plain file name, with `qemu-img rebase -u -F FORMAT -b FILE`";
+    let cure = "record a plain file name, with `qcow2-ublk rebase -u -F FORMAT -b FILE`";
     resolved(name, inside).map_err(|e| e.cure(cure))
 }
 

@@ -257,7 +257,7 @@ impl Reference {
                 format!("the backing chain has more than {MAX_LAYERS} layers"),
             )
             .path(inside)
-            .cure("shorten it with `qcow2-ublk commit` or `qemu-img convert`"));
+            .cure("shorten it with `qcow2-ublk commit` or `qcow2-ublk convert`"));
         }
         Ok(())
     }
@@ -298,7 +298,7 @@ pub(super) fn backing_of(
         .path(inside)
         .cure(
             "give it with --backing-format qcow2|raw, or record it with \
-                 `qemu-img rebase -u -F FORMAT -b FILE`",
+                 `qcow2-ublk rebase -u -F FORMAT -b FILE`",
         ));
     };
     Reference::named(path, format, inside).map(Some)

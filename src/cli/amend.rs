@@ -67,7 +67,7 @@ fn amendment(args: &Args) -> Result<Amendment> {
             }
             "size" => {
                 return Err(
-                    usage("the size is not amended".to_owned()).cure("use `qemu-img resize`")
+                    usage("the size is not amended".to_owned()).cure("use `qcow2-ublk resize`")
                 );
             }
             "data_file_raw" => {

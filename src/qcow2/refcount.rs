@@ -63,7 +63,7 @@ impl Refcounts {
                 format!("refcount table entry {index} ({raw:#x}) is no cluster offset"),
                 self.table_offset.0 + index * 8,
             )
-            .cure("run `qcow2-ublk check`, then `qemu-img check -r all` on a copy"));
+            .cure("run `qcow2-ublk check -r all`"));
         }
         Ok(Some(offset))
     }
@@ -141,7 +141,7 @@ impl Refcounts {
         let at = cluster << self.geometry.cluster_bits;
         let Some(place) = self.place(cache, storage, cluster).await? else {
             return Err(Error::corrupt("a used cluster has no refcount block", at)
-                .cure("run `qemu-img check -r all` on a copy of the image"));
+                .cure("run `qcow2-ublk check -r all`"));
         };
         let word = place.slice.word(place.word);
         let old = (word >> place.shift) & self.max();
@@ -151,7 +151,7 @@ impl Refcounts {
             .ok_or_else(|| {
                 if delta < 0 {
                     Error::corrupt("the refcount of a used cluster is 0 already", at)
-                        .cure("run `qemu-img check -r all` on a copy of the image")
+                        .cure("run `qcow2-ublk check -r all`")
                 } else {
                     Error::new(
                         ErrorKind::Unsupported,

@@ -24,7 +24,7 @@ pub(super) fn check(header: &Header) -> Result<()> {
     }
     if header.bitmaps().is_some() {
         return Err(usage("Cannot downgrade an image with bitmaps")
-            .cure("remove them first, with `qemu-img bitmap --remove`"));
+            .cure("remove them first, with `qcow2-ublk bitmap --remove`"));
     }
     Ok(())
 }

@@ -94,7 +94,7 @@ impl Image {
                 ErrorKind::Unsupported,
                 format!("{cannot}: Cannot store dirty bitmaps in qcow2 v2 files"),
             )
-            .cure("use `qemu-img amend -o compat=1.1` first"));
+            .cure("use `qcow2-ublk amend -o compat=1.1` first"));
         }
         if name.len() > MAX_NAME {
             return usage(format!(

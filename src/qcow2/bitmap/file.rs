@@ -127,7 +127,7 @@ impl Image {
                 let at = cluster << self.geometry.cluster_bits;
                 return Err(Error::corrupt("a bitmap is where other metadata is", at)
                     .path(self.path())
-                    .cure("run `qemu-img check -r all` on a copy of the image"));
+                    .cure("run `qcow2-ublk check -r all`"));
             }
             free_from = end.next_multiple_of(self.cluster_size());
         }

@@ -126,7 +126,7 @@ impl Counts {
         if self.get(storage, cluster).await? == 0 {
             return Err(
                 Error::corrupt("a cluster that is in use has refcount 0", at)
-                    .cure("run `qemu-img check -r all` on a copy of the image"),
+                    .cure("run `qcow2-ublk check -r all`"),
             );
         }
         let count = self.change(storage, cluster, delta).await?;
@@ -155,7 +155,7 @@ impl Counts {
             .cure("delete a snapshot, or convert the image to one with wider refcounts"),
             RefcountError::Underflow => {
                 Error::corrupt("a cluster has more references than its refcount says", at)
-                    .cure("run `qemu-img check -r all` on a copy of the image")
+                    .cure("run `qcow2-ublk check -r all`")
             }
         })?;
         block.changed = true;

@@ -143,5 +143,5 @@ pub(crate) async fn read_l2(sh: &Shadow<'_>, table: HostOffset) -> Result<Buf> {
 pub(crate) fn damaged(error: Error, sh: &Shadow<'_>) -> Error {
     error
         .path(sh.storage().path())
-        .cure("run `qemu-img check -r all` on a copy of the image")
+        .cure("run `qcow2-ublk check -r all`")
 }

@@ -146,7 +146,7 @@ impl Work<'_> {
                 ErrorKind::Unsupported,
                 "the image has dirty bitmaps, which would not record what changes",
             )
-            .cure("remove them first, with `qemu-img bitmap --remove`"));
+            .cure("remove them first, with `qcow2-ublk bitmap --remove`"));
         }
         let snapshot = self.snapshots[which.require(&self.snapshots)?].clone();
         let size = snapshot.disk_size.unwrap_or(header.size);
