@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use common::lab::qemu_check;
+use common::turns::Turn;
 use common::{Reader, half_random, qemu_img, qemu_io, run};
 use qcow2_ublk::qcow2::spec::{GuestOffset, HostOffset, L2Entry};
 use qcow2_ublk::storage::sim::Rng;
@@ -413,39 +414,12 @@ fn taking_turns_with_qemu() {
         let mut model = vec![0; size as usize];
         let mut rng = Rng::new(seed);
         for turn in 0..6 {
-            let mut operations = Vec::new();
-            for _ in 0..12 {
-                let at = rng.below(size / 512) * 512;
-                let largest = [4 * K, 40 * K, M][rng.below(3) as usize];
-                let len = (512 + rng.below(largest / 512) * 512).min(size - at);
-                operations.push((rng.below(8), at, len, rng.next_u64() as u8 | 1));
-            }
-            for &(kind, at, len, byte) in &operations {
-                let range = &mut model[at as usize..(at + len) as usize];
-                range.fill(if kind < 4 { byte } else { 0 });
-            }
+            let work_done = Turn::random(&mut rng, size);
+            work_done.on_model(&mut model);
             if turn % 2 == 0 {
-                let commands: Vec<String> = operations
-                    .iter()
-                    .map(|(kind, at, len, byte)| match kind {
-                        0..4 => format!("write -P {byte} {at} {len}"),
-                        4..6 => format!("write -z -u {at} {len}"),
-                        _ => format!("write -z {at} {len}"),
-                    })
-                    .collect();
-                qemu_io(
-                    &path,
-                    &commands.iter().map(String::as_str).collect::<Vec<_>>(),
-                );
+                work_done.by_qemu(&path);
             } else {
-                work(&path, |disk| {
-                    for &(kind, at, len, byte) in &operations {
-                        match kind {
-                            0..4 => fill(disk, at, len, byte),
-                            _ => disk.write_zeroes_at(at, len, kind < 6).unwrap(),
-                        }
-                    }
-                });
+                work(&path, |disk| work_done.by_us(disk));
             }
             let what = format!("{options}, turn {turn}");
             assert_content(&path, &model, &what);

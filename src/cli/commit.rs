@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::image::PolicyArgs;
-use super::progress::Progress;
+use super::progress::Telling;
 use super::{done, output};
 use crate::chain;
 use crate::engine::Commit;
@@ -27,17 +27,8 @@ pub(super) struct Args {
     #[arg(short, long)]
     drop: bool,
 
-    /// Show how far it is, on standard error
-    #[arg(short, long)]
-    progress: bool,
-
-    /// Say nothing
-    #[arg(short, long, conflicts_with = "progress")]
-    quiet: bool,
-
-    /// Format of the image
-    #[arg(short, long, hide = true, value_parser = ["qcow2"])]
-    format: Option<String>,
+    #[command(flatten)]
+    telling: Telling,
 
     #[command(flatten)]
     policy: PolicyArgs,
@@ -49,7 +40,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     runtime
         .block_on(commit(args))
         .map_err(|e| e.path(&args.file))?;
-    if !args.quiet {
+    if !args.telling.is_quiet() {
         output::print("Image committed.\n")?;
     }
     done()
@@ -63,7 +54,7 @@ async fn commit(args: &Args) -> Result<()> {
     };
     let apart = chain::open_apart(&args.file, &options, args.base.as_deref()).await?;
     let commit = Commit::new(apart)?;
-    let mut progress = Progress::new(args.progress);
+    let mut progress = args.telling.progress();
     progress.show(0, 1);
     let copied = commit
         .copy(&mut |done, total| progress.show(done, total))

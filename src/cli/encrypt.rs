@@ -139,13 +139,7 @@ impl Encrypt {
             .sources()?
             .read_new("the passphrase of the new image")?;
         let region = if version2 {
-            let format = luks2::Format {
-                spec: format.spec,
-                key_len: format.key_len,
-                hash: format.hash,
-                effort: format.effort,
-            };
-            format.make(passphrase.expose())?
+            luks2::make(&format, passphrase.expose())?
         } else {
             format.make(passphrase.expose())?
         };

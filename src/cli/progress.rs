@@ -2,6 +2,32 @@
 
 use std::io::{self, Write};
 
+/// How much is said while an image is worked on, and which format it has.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Telling {
+    /// Show how far it is, on standard error
+    #[arg(short, long)]
+    progress: bool,
+
+    /// Say nothing
+    #[arg(short, long, conflicts_with = "progress")]
+    quiet: bool,
+
+    /// Format of the image
+    #[arg(short, long, hide = true, value_parser = ["qcow2"])]
+    format: Option<String>,
+}
+
+impl Telling {
+    pub(super) fn progress(&self) -> Progress {
+        Progress::new(self.progress)
+    }
+
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+}
+
 /// Shows a percentage where it is wanted.
 #[derive(Debug)]
 pub(super) struct Progress {

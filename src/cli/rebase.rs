@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use super::done;
 use super::image::PolicyArgs;
-use super::progress::Progress;
+use super::progress::Telling;
 use crate::chain;
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorKind, Result};
@@ -35,17 +35,8 @@ pub(super) struct Args {
     #[arg(short, long, hide = true)]
     compress: bool,
 
-    /// Show how far it is, on standard error
-    #[arg(short, long)]
-    progress: bool,
-
-    /// Say nothing
-    #[arg(short, long, conflicts_with = "progress")]
-    quiet: bool,
-
-    /// Format of the image
-    #[arg(short, long, hide = true, value_parser = ["qcow2"])]
-    format: Option<String>,
+    #[command(flatten)]
+    telling: Telling,
 
     #[command(flatten)]
     policy: PolicyArgs,
@@ -112,7 +103,7 @@ async fn rebase(args: &Args) -> Result<()> {
     };
     let engine = Engine::new(chain, engine::Options::default());
     let rebased = if !args.unchecked {
-        let mut progress = Progress::new(args.progress);
+        let mut progress = args.telling.progress();
         progress.show(0, 1);
         let rebased = engine
             .rebase(new, backing.as_ref(), &mut |done, total| {

@@ -6,8 +6,9 @@ use super::open::read_damaged_header;
 use super::snapshot;
 use super::spec::bitmap::Bitmap;
 use super::spec::header::{CryptMethod, Header};
-use super::spec::luks::{LUKS_HEADER_LEN, LuksInfo};
+use super::spec::luks::LuksInfo;
 use super::spec::snapshot::Snapshot;
+use crate::crypto::luks1;
 use crate::error::{Error, Result};
 use crate::runtime::Buf;
 use crate::storage::Storage;
@@ -51,7 +52,7 @@ pub async fn info(storage: &Storage) -> Result<ImageInfo> {
     };
     let mut luks = None;
     if let (CryptMethod::Luks, Some((offset, _))) = (header.crypt_method, header.crypto_header()) {
-        let mut bytes = vec![0; LUKS_HEADER_LEN];
+        let mut bytes = vec![0; luks1::HEADER_LEN];
         storage.read(offset.0, &mut bytes).await?;
         luks = LuksInfo::parse(&bytes);
         // Version 2 is not what QEMU has names for.

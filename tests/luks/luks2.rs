@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use aes::Aes256;
 use cipher::KeyInit;
 use qcow2_ublk::Disk;
-use qcow2_ublk::crypto::luks2;
 use qcow2_ublk::crypto::{CipherSpec, Hash};
+use qcow2_ublk::crypto::{luks1, luks2};
 use qcow2_ublk::error::ErrorKind;
 use qcow2_ublk::qcow2::create::CreateOptions;
 use qcow2_ublk::qcow2::spec::{GuestOffset, L2Entry};
@@ -289,14 +289,14 @@ fn sectors_larger_than_clusters_are_refused() {
 fn other_ciphers_work_too() {
     let lab = Lab::new();
     let path = lab.path("a.qcow2");
-    let format = luks2::Format {
+    let format = luks1::Format {
         spec: CipherSpec::parse("serpent", "cbc-essiv:sha256").unwrap(),
         key_len: 32,
         hash: Hash::Sha512,
         effort: QUICK,
     };
     let mut options = CreateOptions::new(1 << 20);
-    options.luks = Some(format.make(PASSPHRASE).unwrap().into());
+    options.luks = Some(luks2::make(&format, PASSPHRASE).unwrap().into());
     common::lab::block_on(qcow2_ublk::chain::create(&path, &options)).unwrap();
     let disk = open(&path, true);
     disk.write_at(&[1; 5000], 3).unwrap();

@@ -13,13 +13,13 @@ pub const HEADER_LEN: usize = 592;
 /// Places for passphrases.
 pub const SLOTS: usize = 8;
 
-pub(super) const MAGIC: &[u8; 6] = b"LUKS\xba\xbe";
+pub(crate) const MAGIC: &[u8; 6] = b"LUKS\xba\xbe";
 pub(super) const SALT_LEN: usize = 32;
 pub(super) const DIGEST_LEN: usize = 20;
-const ACTIVE: u32 = 0x00ac_71f3;
+pub(crate) const ACTIVE: u32 = 0x00ac_71f3;
 const INACTIVE: u32 = 0x0000_dead;
-const SLOTS_AT: usize = 208;
-const SLOT_LEN: usize = 48;
+pub(crate) const SLOTS_AT: usize = 208;
+pub(crate) const SLOT_LEN: usize = 48;
 /// Longest key, in bytes: two of 256 bits.
 const MAX_KEY: usize = 64;
 

@@ -31,6 +31,7 @@ use super::split;
 use super::volume_key::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 
+pub(crate) use header::{ACTIVE, MAGIC, SLOT_LEN, SLOTS_AT};
 use header::{DIGEST_LEN, SALT_LEN, slot_at, state};
 pub use header::{HEADER_LEN, Header, SLOTS, Slot};
 

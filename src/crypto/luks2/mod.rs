@@ -36,7 +36,7 @@ use crate::error::{Error, ErrorKind, Result};
 use binary::Copy;
 pub use binary::{is_good, places};
 use json::{Json, Keyslot};
-pub use make::Format;
+pub use make::make;
 
 /// Places for passphrases at most.
 const SLOTS: usize = 32;

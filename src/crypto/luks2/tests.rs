@@ -3,18 +3,18 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::crypto::luks1::Format;
 
 const QUICK: Effort = Effort(Duration::from_millis(1));
 
 fn made() -> Vec<u8> {
-    Format {
+    let format = Format {
         spec: CipherSpec::parse("aes", "xts-plain64").unwrap(),
         key_len: 64,
         hash: Hash::Sha256,
         effort: QUICK,
-    }
-    .make(b"one")
-    .unwrap()
+    };
+    make(&format, b"one").unwrap()
 }
 
 fn parse(region: &[u8]) -> Result<Header> {

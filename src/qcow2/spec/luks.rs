@@ -2,16 +2,8 @@
 //! keys. (LUKS on-disk format, version 1, which is the one qcow2 holds.)
 
 use super::bytes::{be16, be32};
-
-/// Bytes of a LUKS header that [`LuksInfo::parse`] wants to see.
-pub const LUKS_HEADER_LEN: usize = 592;
-
-const MAGIC: &[u8] = b"LUKS\xba\xbe";
-const SLOTS_AT: usize = 208;
-const SLOT_LEN: usize = 48;
-const SLOTS: usize = 8;
-const ACTIVE: u32 = 0x00ac_71f3;
-const SECTOR: u64 = 512;
+use crate::crypto::SECTOR;
+use crate::crypto::luks1::{ACTIVE, MAGIC, SLOT_LEN, SLOTS, SLOTS_AT};
 
 /// How an image is encrypted with LUKS.
 #[derive(Clone, Debug, PartialEq, Eq)]
