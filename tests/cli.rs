@@ -246,15 +246,23 @@ fn an_image_in_use_is_not_overwritten() {
     let place = Place::new();
     place.qemu(&["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "4M"]);
     let before = fs::read(place.path("a.qcow2")).unwrap();
-    let user = place
-        .command("qemu-io", &["-f", "qcow2", "a.qcow2"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("qemu-io is needed");
-    let user = Running(user);
-    // Reading fails as long as it is being written to.
+    let start = || {
+        let user = place
+            .command("qemu-io", &["-f", "qcow2", "a.qcow2"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("qemu-io is needed");
+        Running(user)
+    };
+    let mut user = start();
+    // Reading fails as long as it is being written to. A reader that is there
+    // at the moment when qemu-io opens the image makes it fail instead.
     wait_for("qemu-io does not lock the image", || {
+        if user.0.try_wait().unwrap().is_some() {
+            user = start();
+        }
         place.ours(&["io", "-r", "-c", "read -q 0 4k", "a.qcow2"]).0 != 0
     });
     let err = place.bad(5, &["create", "a.qcow2", "1G"]);
