@@ -4,243 +4,23 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::check::Checked;
 use common::lab::{self, Below, How};
-use qcow2_ublk::block::BlockHandler;
-use qcow2_ublk::chain;
-use qcow2_ublk::engine::{self, Engine};
-use qcow2_ublk::qcow2::ImageOptions;
-use qcow2_ublk::runtime::{Runtime, spawn, yield_now};
+use common::storm::{Owner, Storm};
+use qcow2_ublk::engine::Engine;
+use qcow2_ublk::runtime::{spawn, yield_now};
 use qcow2_ublk::storage::CacheMode;
 use qcow2_ublk::storage::sim::{self, Rng, SimDisk, SimKind};
 
-const SECTOR: u64 = 512;
-
-fn stamp(owner: u64, round: u32, sector: u64) -> [u8; 512] {
-    let mut bytes = [0; 512];
-    for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
-        let value = 1 << 63 | owner << 56 | u64::from(round) << 32 | sector << 8 | i as u64;
-        word.copy_from_slice(&value.to_le_bytes());
-    }
-    bytes
-}
-
-/// What one task knows of the sectors it owns.
-struct Owner {
-    engine: lab::Shared,
-    queue: u16,
-    number: u64,
-    owners: u64,
-    cluster: u64,
-    rng: Rng,
-    /// Per sector: the round it was last written in, 0 for zeros; None where
-    /// somebody else owns it.
-    known: Vec<Option<u32>>,
-    round: u32,
-}
-
-impl Owner {
-    const GROUP: u64 = 4;
-    const CHUNK: u64 = 3;
-
-    fn new(engine: &lab::Shared, queue: u16, number: u64, owners: u64, seed: u64) -> Self {
-        let cluster = engine.chain().top().cluster_size();
-        let mut owner = Self {
-            engine: Arc::clone(engine),
-            queue,
-            number,
-            owners,
-            cluster,
-            rng: Rng::new(seed << 8 | number),
-            known: Vec::new(),
-            round: 0,
-        };
-        owner.known = (0..engine.size() / SECTOR)
-            .map(|sector| owner.owns(sector).then_some(0))
-            .collect();
-        owner
-    }
-
-    /// Groups of clusters belong to one owner or, sector by sector, to all.
-    fn owns(&self, sector: u64) -> bool {
-        let group = sector / (Self::GROUP * self.cluster / SECTOR);
-        match group % (2 * self.owners) {
-            turn if turn < self.owners => turn == self.number,
-            _ => sector / Self::CHUNK % self.owners == self.number,
-        }
-    }
-
-    /// Some sectors in a row that are ours.
-    fn pick(&mut self) -> (u64, u64) {
-        loop {
-            let first = self.rng.below(self.known.len() as u64);
-            let wanted = 1 + self.rng.below(3 * self.cluster / SECTOR);
-            let len = (first..self.known.len() as u64)
-                .take(wanted as usize)
-                .take_while(|&s| self.known[s as usize].is_some())
-                .count() as u64;
-            if len > 0 {
-                return (first, len);
-            }
-        }
-    }
-
-    async fn work(mut self, steps: u32) -> Self {
-        for _ in 0..steps {
-            self.round += 1;
-            let (first, len) = self.pick();
-            let (offset, bytes) = (first * SECTOR, len * SECTOR);
-            let known = first as usize..(first + len) as usize;
-            match self.rng.below(20) {
-                0 => self.engine.flush().await.unwrap(),
-                1..4 => {
-                    self.engine
-                        .discard(self.queue, offset, bytes)
-                        .await
-                        .unwrap();
-                    let per_cluster = self.cluster / SECTOR;
-                    let whole = first.next_multiple_of(per_cluster)
-                        ..(first + len) / per_cluster * per_cluster;
-                    for sector in whole {
-                        self.known[sector as usize] = Some(0);
-                    }
-                }
-                4..6 => {
-                    let unmap = self.rng.chance(1, 2);
-                    self.engine
-                        .write_zeroes(self.queue, offset, bytes, unmap)
-                        .await
-                        .unwrap();
-                    self.known[known].fill(Some(0));
-                }
-                6..10 => self.verify(first, len).await,
-                _ => {
-                    let data: Vec<u8> = (first..first + len)
-                        .flat_map(|s| stamp(self.number, self.round, s))
-                        .collect();
-                    lab::write(&self.engine, self.queue, offset, &data, false)
-                        .await
-                        .unwrap();
-                    self.known[known].fill(Some(self.round));
-                }
-            }
-        }
-        self
-    }
-
-    async fn verify(&self, first: u64, len: u64) {
-        let bytes = lab::read(&self.engine, self.queue, first * SECTOR, len * SECTOR)
-            .await
-            .unwrap();
-        self.compare(first, &bytes);
-    }
-
-    fn compare(&self, first: u64, bytes: &[u8]) {
-        for (bytes, sector) in bytes.chunks_exact(512).zip(first..) {
-            let expected = match self.known[sector as usize] {
-                None => continue,
-                Some(0) => [0; 512],
-                Some(round) => stamp(self.number, round, sector),
-            };
-            assert!(
-                bytes == expected,
-                "sector {sector} of owner {}: {:02x?}, not {:02x?}",
-                self.number,
-                &bytes[..16],
-                &expected[..16]
-            );
-        }
-    }
-}
-
-fn scratch() -> tempfile::TempDir {
-    // Beside the build, not in /tmp, which may know no direct I/O.
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
-fn open_file(path: &Path, cache: CacheMode, queues: usize) -> Engine {
-    let options = chain::Options {
-        writable: true,
+fn storm(cache: CacheMode, seed: u64, steps: u32) -> Storm {
+    Storm {
+        threads: 3,
+        tasks: 3,
         cache,
-        image: ImageOptions {
-            queues,
-            ..ImageOptions::default()
-        },
-        ..chain::Options::default()
-    };
-    let chain = lab::block_on(chain::open(path, &options)).unwrap();
-    let options = engine::Options {
-        request_unit: 512,
-        ..engine::Options::default()
-    };
-    Engine::new(chain, options)
-}
-
-/// Threads with a ring each, tasks on each of them, all in the same clusters.
-fn storm(image: &sim::Image, cache: CacheMode, seed: u64, steps: u32) {
-    const THREADS: u64 = 3;
-    const TASKS: u64 = 3;
-    let dir = scratch();
-    let path: PathBuf = dir.path().join("a.qcow2");
-    image.save(&path).unwrap();
-    let engine = Arc::new(open_file(&path, cache, THREADS as usize));
-    let done = std::sync::atomic::AtomicBool::new(false);
-    let owners: Vec<(u64, Vec<Option<u32>>)> = std::thread::scope(|scope| {
-        // And a flusher with plain system calls, as the housekeeper is.
-        scope.spawn(|| {
-            while !done.load(std::sync::atomic::Ordering::SeqCst) {
-                lab::block_on(engine.write_back()).unwrap();
-                std::thread::sleep(std::time::Duration::from_millis(3));
-            }
-        });
-        let threads: Vec<_> = (0..THREADS)
-            .map(|thread| {
-                let engine = Arc::clone(&engine);
-                scope.spawn(move || {
-                    Runtime::uring(32).unwrap().block_on(async {
-                        engine.queue_started(thread as u16).unwrap();
-                        let tasks: Vec<_> = (0..TASKS)
-                            .map(|task| {
-                                let number = thread * TASKS + task;
-                                let queue = thread as u16;
-                                let owner =
-                                    Owner::new(&engine, queue, number, THREADS * TASKS, seed);
-                                spawn(owner.work(steps))
-                            })
-                            .collect();
-                        let mut known = Vec::new();
-                        for task in tasks {
-                            let owner = task.await;
-                            known.push((owner.number, owner.known));
-                        }
-                        known
-                    })
-                })
-            })
-            .collect();
-        let owners = threads
-            .into_iter()
-            .flat_map(|thread| thread.join().unwrap())
-            .collect();
-        done.store(true, std::sync::atomic::Ordering::SeqCst);
-        owners
-    });
-    lab::block_on(engine.close()).unwrap();
-    drop(engine);
-    lab::qemu_check(&path, false);
-    // What QEMU reads is what every owner knows.
-    let raw = dir.path().join("raw");
-    let names = [path.to_str().unwrap(), raw.to_str().unwrap()];
-    common::qemu_img(&[["convert", "-O", "raw"].as_slice(), &names].concat());
-    let content = std::fs::read(&raw).unwrap();
-    let engine = Arc::new(open_file(&path, cache, 1));
-    for (number, known) in owners {
-        let mut owner = Owner::new(&engine, 0, number, THREADS * TASKS, seed);
-        owner.known = known;
-        owner.compare(0, &content);
+        seed,
+        steps,
     }
 }
 
@@ -251,7 +31,7 @@ fn row_19_many_queues_in_the_same_clusters() {
         for (seed, cluster) in [(1, "512"), (2, "4096"), (3, "65536")] {
             let size = if seed == 3 { 4 << 20 } else { 1 << 20 };
             let image = lab::created(&format!("cluster_size={cluster}"), size);
-            storm(&image, CacheMode::Writeback, seed, 400);
+            storm(CacheMode::Writeback, seed, 400).over(&image);
         }
     });
 }
@@ -262,7 +42,7 @@ fn row_19_many_queues_with_direct_io() {
     lab::watched(120, || {
         for (seed, cluster) in [(11, "4096"), (12, "65536")] {
             let image = lab::created(&format!("cluster_size={cluster}"), 6 << 20);
-            storm(&image, CacheMode::None, seed, 250);
+            storm(CacheMode::None, seed, 250).over(&image);
         }
     });
 }

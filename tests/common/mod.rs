@@ -4,6 +4,7 @@
 pub mod check;
 pub mod lab;
 pub mod shapes;
+pub mod storm;
 pub mod turns;
 
 use std::ffi::OsStr;
