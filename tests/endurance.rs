@@ -73,9 +73,9 @@ fn opening_and_closing_leaves_nothing_behind() {
     let broken = dir.path().join("broken.qcow2");
     std::fs::write(&broken, &std::fs::read(&top).unwrap()[..100]).unwrap();
     let round = |n: u64| {
-        let disk = Disk::open(&top, &options(n % 2 == 0, 1 << 20)).unwrap();
+        let disk = Disk::open(&top, &options(n.is_multiple_of(2), 1 << 20)).unwrap();
         let at = n / 2 % 1000 * 4096;
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             disk.write_at(&n.to_le_bytes(), at).unwrap();
         } else {
             let mut bytes = [0; 8];
@@ -135,7 +135,7 @@ fn two_tebibytes_through_a_small_cache() {
                     0
                 }
                 1 => {
-                    disk.write_zeroes_at(cluster * CLUSTER, CLUSTER, step % 2 == 0)
+                    disk.write_zeroes_at(cluster * CLUSTER, CLUSTER, step.is_multiple_of(2))
                         .unwrap();
                     0
                 }
@@ -149,7 +149,7 @@ fn two_tebibytes_through_a_small_cache() {
                 }
             };
             model.insert(cluster, now);
-            if step % 100 == 0 {
+            if step.is_multiple_of(100) {
                 disk.flush().unwrap();
             }
         }
