@@ -126,6 +126,13 @@ impl Storage {
             unsupported: Unsupported::default(),
         }
     }
+
+    /// As [`Self::simulated`], opened for reading only.
+    pub fn simulated_read_only(disk: &SimDisk, alignment: u32) -> Self {
+        let mut storage = Self::simulated(disk, alignment);
+        storage.writable = false;
+        storage
+    }
 }
 
 /// The length of a file or block device.

@@ -65,6 +65,11 @@ impl Checker<'_> {
                 cluster += 1;
             }
             first = end;
+            if self.refcounts_end_before(index) {
+                // Only uses are left to be found.
+                next_used = self.counts.next_used(first);
+                first = first.max(next_used / per_block * per_block);
+            }
         }
         self.report.image_end_offset = (highest + 1) << self.geometry.cluster_bits;
         Ok(())

@@ -184,7 +184,12 @@ impl Counts {
 
     /// True when some cluster's uses exclude each other or are too many.
     pub(super) fn has_clashes(&self) -> bool {
-        !(self.overlaps.is_empty() && self.overflows.is_empty())
+        self.clashes() > 0
+    }
+
+    /// How many clusters have uses that exclude each other, or too many.
+    pub(super) fn clashes(&self) -> usize {
+        self.overlaps.union(&self.overflows).count()
     }
 
     /// True when a use as data, or as an L2 table, has to end so that the

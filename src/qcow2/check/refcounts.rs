@@ -52,7 +52,9 @@ impl Checker<'_> {
         }
         let order = self.geometry.refcount_order;
         let per_block = self.geometry.refcounts_per_block();
-        for index in 0..self.clusters.div_ceil(per_block) {
+        // A file may be said to be far longer than what its table covers.
+        let covered = self.stored.table.len() as u64;
+        for index in 0..self.clusters.div_ceil(per_block).min(covered) {
             let first = index * per_block;
             let Some(block) = self.refcount_block(index).await? else {
                 continue;
@@ -86,6 +88,11 @@ impl Checker<'_> {
                 Ok(None)
             }
         }
+    }
+
+    /// No refcount block is said to be anywhere from number `index` on.
+    pub(super) fn refcounts_end_before(&self, index: u64) -> bool {
+        index >= self.stored.table.len() as u64
     }
 
     /// Where refcount block number `index` is said to be; 0 for nowhere.

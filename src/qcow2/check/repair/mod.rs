@@ -166,6 +166,19 @@ impl Repairer<'_> {
             };
             let bits = checked.geometry.cluster_bits;
             let copies = moves.counts(bits);
+            if copies.is_empty() && checked.counts.clashes() > 0 && !seen.needs_rebuild() {
+                // What shares a cluster cannot be copied apart.
+                if self.give_up_clashing_bitmaps(&checked).await? {
+                    let again = Checked::look(self.storage, true).await?;
+                    (seen, report) = (again.seen, again.report);
+                    continue;
+                }
+                // New refcounts help only if the old ones are in it.
+                let again = Checked::look(self.storage, true).await?;
+                if again.counts.clashes() == checked.counts.clashes() {
+                    break;
+                }
+            }
             if copies.is_empty() && round > 0 {
                 break;
             }
@@ -205,9 +218,35 @@ impl Repairer<'_> {
         if header.version < 3 || bits == header.autoclear {
             return Ok(());
         }
+        self.store_autoclear(bits).await
+    }
+
+    async fn store_autoclear(&self, bits: Autoclear) -> Result<()> {
         let field = bits.bits().to_be_bytes();
         self.storage.write(AUTOCLEAR_AT.0, &field).await?;
         self.storage.sync().await
+    }
+
+    /// Bitmaps that share clusters with each other or with other metadata
+    /// cannot be right: nobody is to believe them. True if that was it.
+    async fn give_up_clashing_bitmaps(&mut self, checked: &Checked<'_>) -> Result<bool> {
+        let mut header = checked.header.clone();
+        if !header.bitmaps_consistent() {
+            return Ok(false);
+        }
+        header.autoclear.remove(Autoclear::BITMAPS);
+        let bits = header.autoclear & Autoclear::KNOWN;
+        let mut ignore = |_: &Finding| {};
+        let mut without = Checker::new(self.storage, header, &mut ignore)?;
+        without.with_refcounts = false;
+        without.strict = true;
+        without.count_all().await?;
+        if without.counts.clashes() == checked.counts.clashes() {
+            return Ok(false);
+        }
+        self.store_autoclear(bits).await?;
+        self.done.corruptions_fixed += 1;
+        Ok(true)
     }
 
     /// Says that the image is in order, where it says that it is not.

@@ -1,0 +1,44 @@
+//! Engines over the images of recipes.
+
+use qcow2_ublk::Result;
+use qcow2_ublk::chain::Chain;
+use qcow2_ublk::engine::{self, Engine};
+use qcow2_ublk::qcow2::check::{self, CheckReport, Finding, Repair, Repaired};
+use qcow2_ublk::qcow2::{Image, ImageOptions};
+use qcow2_ublk::storage::Storage;
+use qcow2_ublk::storage::sim::SimDisk;
+
+/// The image alone, whatever it names besides; as a program opens it that only
+/// reads.
+pub async fn open_to_read(disk: &SimDisk) -> Result<Engine> {
+    let storage = Storage::simulated_read_only(disk, 1);
+    let image = Image::open(storage, &ImageOptions::default()).await?;
+    Ok(Engine::new(
+        Chain::new(image, Vec::new()),
+        engine::Options::default(),
+    ))
+}
+
+/// The same for writing; an image that is marked dirty is repaired.
+pub async fn open_to_write(disk: &SimDisk, options: &ImageOptions) -> Result<Engine> {
+    let image = Image::open(Storage::simulated(disk, 1), options).await?;
+    let image = image.repaired(options).await?;
+    Ok(Engine::new(
+        Chain::new(image, Vec::new()),
+        engine::Options::default(),
+    ))
+}
+
+/// What a check says, finding by finding.
+pub async fn check(disk: &SimDisk) -> Result<(CheckReport, Vec<Finding>)> {
+    let mut findings = Vec::new();
+    let storage = Storage::simulated(disk, 1);
+    let report = check::check(&storage, &mut |finding| findings.push(finding.clone())).await?;
+    Ok((report, findings))
+}
+
+/// Repairs the image on `disk`.
+pub async fn repair(disk: &SimDisk, what: Repair) -> Result<Repaired> {
+    let storage = Storage::simulated(disk, 1);
+    check::repair(&storage, what, &mut |_| {}).await
+}

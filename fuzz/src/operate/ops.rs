@@ -1,0 +1,211 @@
+//! What is asked of an open image.
+
+use std::sync::Arc;
+
+use qcow2_ublk::engine::Engine;
+use qcow2_ublk::qcow2::{NewSnapshot, Selector};
+use qcow2_ublk::{Error, ErrorKind, Result};
+
+use super::super::common::lab;
+use super::super::input::Input;
+use super::model::{End, Model, SECTOR};
+
+/// Largest disk that one grows to, in sectors.
+const MOST: u64 = 4096;
+
+#[derive(Clone, Debug)]
+pub enum Op {
+    Write {
+        first: u64,
+        count: u64,
+        byte: u8,
+        fua: bool,
+        queue: u16,
+    },
+    Compressed {
+        first: u64,
+        count: u64,
+        byte: u8,
+    },
+    Zero {
+        first: u64,
+        count: u64,
+        unmap: bool,
+    },
+    Discard {
+        first: u64,
+        count: u64,
+    },
+    Flush,
+    WriteBack,
+    Grow {
+        sectors: u64,
+    },
+    CreateSnapshot,
+    ApplySnapshot,
+    DeleteSnapshot,
+}
+
+/// Some sectors of the disk: first and number. Mostly few.
+pub fn range(input: &mut Input<'_>, model: &Model) -> (u64, u64) {
+    let first = u64::from(input.u16()) % model.sectors();
+    let len = input.u8();
+    let count = match len {
+        0..200 => u64::from(len % 40) + 1,
+        _ => u64::from(len - 199) * 8,
+    };
+    (first, count.min(model.sectors() - first))
+}
+
+impl Op {
+    /// One of those that may meet others.
+    pub fn request(input: &mut Input<'_>, model: &Model) -> Self {
+        let what = input.u8();
+        let (first, count) = range(input, model);
+        let byte = input.u8();
+        match what % 16 {
+            0..7 => Self::Write {
+                first,
+                count,
+                byte,
+                fua: what & 0x10 != 0,
+                queue: (what >> 7).into(),
+            },
+            7 | 8 => Self::Compressed { first, count, byte },
+            9 | 10 => Self::Zero {
+                first,
+                count,
+                unmap: what & 0x10 != 0,
+            },
+            11 | 12 => Self::Discard { first, count },
+            13 => Self::WriteBack,
+            _ => Self::Flush,
+        }
+    }
+
+    /// Any; of the snapshots made here there is one at most.
+    pub fn choose(input: &mut Input<'_>, model: &Model, snapshot: bool) -> Self {
+        match (input.u8() % 32, snapshot) {
+            (0, _) => {
+                let more = u64::from(input.u16()) % 1024;
+                Self::Grow {
+                    sectors: (model.sectors() + more).min(MOST.max(model.sectors())),
+                }
+            }
+            (1 | 2, false) => Self::CreateSnapshot,
+            (1, true) => Self::ApplySnapshot,
+            (2, true) => Self::DeleteSnapshot,
+            _ => Self::request(input, model),
+        }
+    }
+
+    pub async fn run(self, engine: Arc<Engine>) -> Result<()> {
+        let image = engine.chain().top();
+        match self {
+            Self::Write {
+                first,
+                count,
+                byte,
+                fua,
+                queue,
+            } => {
+                let bytes = vec![byte; (count * SECTOR) as usize];
+                lab::write(&engine, queue, first * SECTOR, &bytes, fua).await
+            }
+            Self::Compressed { first, count, byte } => {
+                let bytes = vec![byte; (count * SECTOR) as usize];
+                engine
+                    .write_compressed(0, first * SECTOR, &bytes, Some(1))
+                    .await
+            }
+            Self::Zero {
+                first,
+                count,
+                unmap,
+            } => {
+                engine
+                    .write_zeroes(0, first * SECTOR, count * SECTOR, unmap)
+                    .await
+            }
+            Self::Discard { first, count } => {
+                engine.discard(0, first * SECTOR, count * SECTOR).await
+            }
+            Self::Flush => engine.flush().await,
+            Self::WriteBack => engine.write_back().await,
+            Self::Grow { sectors } => engine.grow(sectors * SECTOR).await,
+            Self::CreateSnapshot => {
+                let new = NewSnapshot {
+                    name: b"made".to_vec(),
+                    ..NewSnapshot::default()
+                };
+                image.create_snapshot(new).await
+            }
+            Self::ApplySnapshot => image.apply_snapshot(Selector::Name(b"made".to_vec())).await,
+            Self::DeleteSnapshot => {
+                image
+                    .delete_snapshot(Selector::Name(b"made".to_vec()))
+                    .await
+            }
+        }
+    }
+
+    /// What it may be refused for, though nothing goes wrong.
+    pub fn may_be_refused(&self, error: &Error) -> bool {
+        match self {
+            Self::CreateSnapshot | Self::Compressed { .. } => {
+                // Narrow refcounts cannot count another owner.
+                error.kind() == ErrorKind::Unsupported
+            }
+            _ => false,
+        }
+    }
+
+    /// It changes more than some sectors.
+    pub fn is_about_the_whole(&self) -> bool {
+        matches!(
+            self,
+            Self::Grow { .. } | Self::CreateSnapshot | Self::ApplySnapshot | Self::DeleteSnapshot
+        )
+    }
+
+    fn sectors(&self) -> Option<(u64, u64)> {
+        match *self {
+            Self::Write { first, count, .. }
+            | Self::Compressed { first, count, .. }
+            | Self::Zero { first, count, .. }
+            | Self::Discard { first, count } => Some((first, count)),
+            _ => None,
+        }
+    }
+
+    /// Both touch some sector; or one makes the other durable, or not.
+    pub fn meets(&self, other: &Self) -> bool {
+        match (self.sectors(), other.sectors()) {
+            (Some(a), Some(b)) => a.0 < b.0 + b.1 && b.0 < a.0 + a.1,
+            // A flush beside it counts for what came before only.
+            (None, _) => true,
+            (Some(_), None) => false,
+        }
+    }
+
+    /// How it ends when it succeeds.
+    pub fn end(&self) -> End {
+        match self {
+            Self::Write { fua: true, .. } => End::Durable,
+            _ => End::Acknowledged,
+        }
+    }
+
+    pub fn change(&self, model: &mut Model, end: End) {
+        let Some((first, count)) = self.sectors() else {
+            return;
+        };
+        let (byte, end) = match *self {
+            Self::Write { byte, .. } | Self::Compressed { byte, .. } => (byte, end),
+            // Of a discard, parts of clusters stay as they are.
+            Self::Discard { .. } => (0, End::Unknown),
+            _ => (0, end),
+        };
+        model.fill(first, count, byte, end);
+    }
+}
