@@ -73,6 +73,11 @@ pub trait BlockHandler: Send + Sync + 'static {
     /// files with the thread's ring, and so on.
     fn queue_started(&self, queue: u16) -> Result<()>;
 
+    /// Runs once on each queue's thread when it has asked for its first
+    /// requests, which do not come before all queues have: give up the rights
+    /// that asking took.
+    fn queue_ready(&self, _queue: u16) {}
+
     /// Serves one request completely or fails it as a whole.
     fn handle(&self, queue: u16, request: Request) -> impl Future<Output = Result<()>>;
 }

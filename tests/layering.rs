@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("runtime", &[]),
     ("codec", &[]),
-    ("crypto", &[]),
+    ("crypto", &["runtime"]),
     ("storage", &["runtime"]),
     ("qcow2", &["codec", "crypto", "storage", "runtime"]),
     ("chain", &["crypto", "qcow2", "storage", "runtime"]),

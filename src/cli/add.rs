@@ -8,7 +8,7 @@ use super::image::{GuardArgs, PolicyArgs, TEMPORARY};
 use super::{done, log, output, size};
 use crate::config::{Ask, CacheSetting, DataPathSetting, DiscardSetting, Plan, Settings};
 use crate::crypto::Secret;
-use crate::daemon::{self, Hangup, Started};
+use crate::daemon::{self, Background, Hangup, Started};
 use crate::error::{Error, Result};
 use crate::qcow2::spec::header::CryptMethod;
 use crate::report;
@@ -77,6 +77,11 @@ pub(super) struct Args {
     #[arg(long)]
     no_part_scan: bool,
 
+    /// Serve with all rights and system calls: a hostile image that takes the
+    /// process over has the machine
+    #[arg(long)]
+    no_sandbox: bool,
+
     #[command(flatten)]
     guards: GuardArgs,
 
@@ -111,6 +116,7 @@ impl Args {
             barrier: self.guards.barrier,
             overlap_check: self.guards.overlap_check,
             part_scan: self.no_part_scan.then_some(false),
+            sandbox: self.no_sandbox.then_some(false),
             allow_path: self.policy.allow_path,
             trust_chain: self.policy.trust_chain.then_some(true),
             backing_format: self.policy.backing_format,
@@ -149,9 +155,9 @@ pub(super) fn run(args: Args, detached: bool, verbose: u8) -> Result<ExitCode> {
     }
 
     if detached {
-        daemon::become_daemon();
+        let background = Background::enter()?;
         log::to_service(verbose, true);
-        daemon::serve(&plan, Hangup::Ignore, daemon::let_go)?;
+        daemon::serve(&plan, Hangup::Ignore, |path| background.let_go(path))?;
         return done();
     }
     if foreground {

@@ -1,4 +1,4 @@
-//! `features`: what the kernel's driver can do.
+//! `features`: what the kernel's driver can do, and its means for the sandbox.
 
 use std::process::ExitCode;
 
@@ -6,10 +6,11 @@ use serde::Serialize;
 
 use super::done;
 use super::output::{self, Align::Left, Table};
+use crate::daemon::sandbox::Parts;
 use crate::error::Result;
 use crate::ublk::{self, DataPath};
 
-/// Show what the kernel's ublk driver can do
+/// Show what the kernel's ublk driver can do, and what of the sandbox it has
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Show it as JSON
@@ -23,17 +24,21 @@ struct View {
     version: u32,
     data_path: String,
     features: Vec<&'static str>,
+    /// The parts of the sandbox that the kernel can hold a server in.
+    sandbox: Vec<&'static str>,
 }
 
 /// Prints the features.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let features = ublk::features()?;
     let data_path = DataPath::best(features).to_string();
+    let parts = Parts::available();
     if args.json {
         output::print_json(&View {
             version: 1,
             data_path,
             features: features.names().collect(),
+            sandbox: parts.held().collect(),
         })?;
         return done();
     }
@@ -43,7 +48,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             table.row([name.to_owned(), format!("Linux {}", feature.since())]);
         }
     }
-    let text = format!("Best data path: {data_path}\n\n{}", table.render());
+    let text = format!(
+        "Best data path: {data_path}\nSandbox: {parts}\n\n{}",
+        table.render()
+    );
     output::print(&text)?;
     done()
 }

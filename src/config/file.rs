@@ -81,7 +81,7 @@ mod tests {
         let settings = Settings::parse(
             "image = \"a.qcow2\"\nnumber = 3\nqueues = 2\ndepth = 64\n\
              logical-block-size = 4096\nread-only = true\ndata-path = \"user-copy\"\n\
-             cache = \"writeback\"\ndiscard = \"ignore\"\npart-scan = false\n\
+             cache = \"writeback\"\ndiscard = \"ignore\"\npart-scan = false\nsandbox = false\n\
              barrier = \"metadata\"\noverlap-check = \"all\"\n\
              allow-path = [\"/srv/base\"]\ntrust-chain = true\nbacking-format = \"raw\"\n\
              key-file = \"k\"\nkey-memory = 5\nkey-iterations = 6\n\
@@ -94,6 +94,7 @@ mod tests {
         assert_eq!(settings.barrier, Some(BarrierSetting::Metadata));
         assert_eq!(settings.overlap_check, Some(OverlapSetting::All));
         assert_eq!(settings.part_scan, Some(false));
+        assert_eq!(settings.sandbox, Some(false));
         assert_eq!(settings.key_file, Some("k".into()));
         assert_eq!(settings.layer_keys.len(), 1);
         assert_eq!(settings.allow_path, [PathBuf::from("/srv/base")]);

@@ -60,6 +60,8 @@ pub struct Settings {
     pub overlap_check: Option<OverlapSetting>,
     /// The kernel looks for partitions.
     pub part_scan: Option<bool>,
+    /// The process gives up what serving does not need.
+    pub sandbox: Option<bool>,
     /// Folders that the image may refer to, besides its own.
     pub allow_path: Vec<PathBuf>,
     /// The image may refer to any file.
@@ -166,6 +168,7 @@ impl Settings {
             barrier: self.barrier.or(lower.barrier),
             overlap_check: self.overlap_check.or(lower.overlap_check),
             part_scan: self.part_scan.or(lower.part_scan),
+            sandbox: self.sandbox.or(lower.sandbox),
             allow_path: if self.allow_path.is_empty() {
                 lower.allow_path
             } else {
@@ -300,6 +303,7 @@ impl Settings {
             },
             keys,
             cache_may_change: self.cache.is_none(),
+            sandbox: self.sandbox.unwrap_or(true),
             engine: engine::Options {
                 discard: self.discard.unwrap_or_default() == DiscardSetting::Unmap,
                 request_unit: logical_block,
@@ -321,6 +325,8 @@ pub struct Plan {
     /// Nobody insists on the cache mode: where direct I/O is not possible,
     /// the page cache will do.
     pub cache_may_change: bool,
+    /// The process gives up what serving does not need.
+    pub sandbox: bool,
     /// Where passphrases come from.
     pub keys: KeySources,
     /// How requests are treated.

@@ -1,5 +1,5 @@
-//! Passphrases and volume keys in memory: wiped when dropped, never printed.
-//! Where they come from is for others to know.
+//! Passphrases and volume keys in memory: not swapped out, not dumped, wiped
+//! when dropped, never printed. Where they come from is for others to know.
 
 use std::fmt;
 use std::path::Path;
@@ -7,20 +7,21 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
+use crate::runtime::locked::LockedBytes;
 
 /// Bytes that nobody else should see.
 #[derive(Clone, Default)]
-pub struct Secret(Zeroizing<Vec<u8>>);
+pub struct Secret(LockedBytes);
 
 impl Secret {
     /// Takes the bytes over.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Zeroizing::new(bytes))
+        Self(LockedBytes::copy_of(&Zeroizing::new(bytes)))
     }
 
     /// A secret that nobody knows.
     pub fn random() -> Result<Self> {
-        random(32).map(Self)
+        random(32).map(|bytes| Self(LockedBytes::copy_of(&bytes)))
     }
 
     /// The bytes.

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-use zeroize::Zeroizing;
+use crate::runtime::locked::LockedBytes;
 
 /// The key that the disk is encrypted with; wiped when dropped.
 #[derive(Clone)]
-pub struct VolumeKey(Zeroizing<Vec<u8>>);
+pub struct VolumeKey(LockedBytes);
 
 impl VolumeKey {
-    pub(super) fn new(key: Zeroizing<Vec<u8>>) -> Self {
-        Self(key)
+    pub(super) fn new(key: &[u8]) -> Self {
+        Self(LockedBytes::copy_of(key))
     }
 
     pub(super) fn expose(&self) -> &[u8] {

@@ -71,26 +71,36 @@ fn failure(status: ExitStatus) -> Result<u8> {
     .cure("see the system's journal or log"))
 }
 
-/// In the background process, first of all: away from the terminal's signals.
-pub fn become_daemon() {
-    // Fails when we lead a process group already: as well.
-    let _ = nix::unistd::setsid();
+/// The background process, as long as somebody waits for it.
+#[derive(Debug)]
+pub struct Background {
+    /// Opened while files can be opened.
+    null: File,
 }
 
-/// In the background process, when the device can be used: tells the waiting
-/// one, and lets go of the terminal.
-pub fn let_go(device: &Path) -> Result<()> {
-    let failed = |e| Error::io("tell the caller that the device is ready", e);
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", device.display()).map_err(failed)?;
-    out.flush().map_err(failed)?;
-    drop(out);
-    let null: File = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map_err(failed)?;
-    nix::unistd::dup2_stdout(&null)
-        .and_then(|()| nix::unistd::dup2_stderr(&null))
-        .map_err(|e| failed(e.into()))
+impl Background {
+    /// First of all: away from the terminal's signals.
+    pub fn enter() -> Result<Self> {
+        // Fails when we lead a process group already: as well.
+        let _ = nix::unistd::setsid();
+        let null = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(|e| Error::io("open the file", e).path("/dev/null"))?;
+        Ok(Self { null })
+    }
+
+    /// When the device can be used: tells the waiting one, and lets go of the
+    /// terminal.
+    pub fn let_go(self, device: &Path) -> Result<()> {
+        let failed = |e| Error::io("tell the caller that the device is ready", e);
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{}", device.display()).map_err(failed)?;
+        out.flush().map_err(failed)?;
+        drop(out);
+        nix::unistd::dup2_stdout(&self.null)
+            .and_then(|()| nix::unistd::dup2_stderr(&self.null))
+            .map_err(|e| failed(e.into()))
+    }
 }

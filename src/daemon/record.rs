@@ -1,9 +1,12 @@
 //! What is to be known about a running device beyond what the driver knows:
 //! `/run/qcow2-ublk/ublkbN.json`, readable by root only.
+//!
+//! The process that serves the device writes it before the sandbox is closed.
+//! After that it can only write to the file that it has open, and remove it.
 
-use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::storage::CacheMode;
 use crate::ublk::Device;
 
-const FOLDER: &str = "/run/qcow2-ublk";
+/// Where the records are.
+pub(super) const FOLDER: &str = "/run/qcow2-ublk";
 const VERSION: u32 = 1;
 
 /// A device of ours.
@@ -47,64 +51,63 @@ pub struct Record {
 
 impl Record {
     /// Describes a device that this process serves.
-    pub(super) fn new(image: &Path, device: &Device, cache: CacheMode) -> Result<Self> {
-        let info = device.handle().info()?;
+    pub(super) fn new(image: &Path, device: &Device, cache: CacheMode, read_only: bool) -> Self {
         let pid = std::process::id();
-        Ok(Self {
+        Self {
             version: VERSION,
             id: device.id(),
             pid,
             started: start_time(pid).unwrap_or(0),
             image: image.to_owned(),
             data_path: device.data_path().to_string(),
-            queues: info.queues,
-            depth: info.depth,
+            queues: device.queues(),
+            depth: device.depth(),
             cache: match cache {
                 CacheMode::None => "none".to_owned(),
                 CacheMode::Writeback => "writeback".to_owned(),
             },
-            read_only: info.read_only,
+            read_only,
             failure: None,
-        })
-    }
-
-    /// Writes it where [`Self::all`] finds it.
-    pub(super) fn store(&self) -> Result<()> {
-        self.store_in(Path::new(FOLDER))
-    }
-
-    /// Notes that the device ended badly.
-    pub(super) fn fail(self, error: &Error) {
-        let failed = Self {
-            failure: Some(error.to_string()),
-            ..self
-        };
-        if let Err(error) = failed.store() {
-            tracing::warn!("{error}");
         }
     }
 
-    fn store_in(&self, folder: &Path) -> Result<()> {
+    /// Makes the folder of the records.
+    pub(super) fn make_folder() -> Result<()> {
+        let folder = Path::new(FOLDER);
+        make_folder(folder).map_err(|e| Error::io("make the folder of records", e).path(folder))
+    }
+
+    /// Writes it where [`Self::all`] finds it.
+    pub(super) fn store(self) -> Result<Stored> {
+        self.store_in(Path::new(FOLDER))
+    }
+
+    fn store_in(self, folder: &Path) -> Result<Stored> {
         let failed = |e| Error::io("record the device", e).path(folder);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(failed)?;
-        // Whoever made it, and with whatever mode.
-        fs::set_permissions(folder, Permissions::from_mode(0o700)).map_err(failed)?;
-        let text = serde_json::to_vec_pretty(self).map_err(|e| failed(e.into()))?;
+        make_folder(folder).map_err(failed)?;
+        let text = self.to_text().map_err(failed)?;
         // Under another name first: a reader sees all of it or nothing.
         let new = folder.join(format!(".ublkb{}.new", self.id));
-        OpenOptions::new()
+        let mut file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&new)
-            .and_then(|mut file| file.write_all(&text))
-            .and_then(|()| fs::rename(&new, path(folder, self.id)))
-            .map_err(failed)
+            .map_err(failed)?;
+        let path = path(folder, self.id);
+        file.write_all(&text)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(failed)?;
+        Ok(Stored {
+            record: self,
+            path,
+            file,
+        })
+    }
+
+    fn to_text(&self) -> std::io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec_pretty(self)?)
     }
 
     /// The records there are, whether or not their device still is; see
@@ -145,6 +148,63 @@ impl Record {
             let _ = fs::remove_file(path(folder, self.id));
         }
     }
+}
+
+/// The record of a device that this process serves; dropping it leaves it
+/// there.
+#[derive(Debug)]
+pub(super) struct Stored {
+    record: Record,
+    path: PathBuf,
+    file: File,
+}
+
+impl Stored {
+    /// Notes that the device ended badly.
+    pub(super) fn fail(self, error: &Error) {
+        let failed = Record {
+            failure: Some(error.to_string()),
+            ..self.record
+        };
+        // Longer than what it replaces, and in one piece.
+        let written = failed
+            .to_text()
+            .and_then(|text| self.file.write_all_at(&text, 0));
+        if let Err(error) = written {
+            tracing::warn!("cannot record how the device ended: {error}");
+        }
+    }
+
+    /// Forgets the device, unless another process has recorded its own under
+    /// the same number since.
+    pub(super) fn remove(self) {
+        let same = |named: fs::Metadata| {
+            let own = self.file.metadata()?;
+            Ok((own.dev(), own.ino()) == (named.dev(), named.ino()))
+        };
+        let removed = fs::symlink_metadata(&self.path)
+            .and_then(same)
+            .and_then(|same| {
+                if same {
+                    fs::remove_file(&self.path)
+                } else {
+                    Ok(())
+                }
+            });
+        // `list` and `del` know a record whose process is gone.
+        if let Err(error) = removed {
+            tracing::debug!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn make_folder(folder: &Path) -> std::io::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    // Whoever made it, and with whatever mode.
+    fs::set_permissions(folder, Permissions::from_mode(0o700))
 }
 
 fn path(folder: &Path, id: u32) -> PathBuf {
@@ -191,7 +251,7 @@ mod tests {
         let folder = folder.path().join("run");
         assert!(Record::all_in(&folder).is_empty());
         let own = record(3);
-        own.store_in(&folder).unwrap();
+        let stored = own.clone().store_in(&folder).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&folder), 0o700);
         assert_eq!(mode(&folder.join("ublkb3.json")), 0o600);
@@ -207,7 +267,19 @@ mod tests {
         assert!(!stale.is_alive());
         stale.remove_in(&folder);
         assert_eq!(Record::all_in(&folder).len(), 1);
-        own.remove_in(&folder);
+        let error = Error::new(crate::error::ErrorKind::Io, "a disk");
+        stored.fail(&error);
+        assert_eq!(
+            Record::all_in(&folder)[0].failure.as_deref(),
+            Some("a disk")
+        );
+
+        // Another process has the number now.
+        let earlier = own.clone().store_in(&folder).unwrap();
+        let later = own.store_in(&folder).unwrap();
+        earlier.remove();
+        assert_eq!(Record::all_in(&folder).len(), 1);
+        later.remove();
         assert!(Record::all_in(&folder).is_empty());
     }
 }

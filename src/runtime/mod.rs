@@ -12,10 +12,12 @@
 //! - This module and `ublk` are the only places with `unsafe` code.
 
 pub mod buf;
+pub mod locked;
 pub mod ops;
 pub mod payload;
 pub mod pool;
 mod reactor;
+mod restrict;
 pub mod sync;
 pub mod sys;
 mod wake;

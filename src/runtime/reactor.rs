@@ -12,6 +12,7 @@ use std::task::{Context, Waker};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::restrict;
 use super::wake::{Remote, TaskWaker};
 
 /// Files a ring can have registered: the device and a chain of 64 layers.
@@ -98,6 +99,7 @@ impl Reactor {
             builder
                 .setup_cqsize(entries.max(8) * 4)
                 .setup_clamp()
+                .setup_r_disabled()
                 .dontfork();
             if defer {
                 builder
@@ -109,6 +111,7 @@ impl Reactor {
         };
         let ring = build(true).or_else(|_| build(false))?;
         ring.submitter().register_files_sparse(FILE_SLOTS)?;
+        restrict::enable(&ring)?;
         Self::new(Some(ring))
     }
 

@@ -93,3 +93,9 @@ pub fn become_io_flusher() -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// True when the kernel can restrict a ring to some operations; every ring of
+/// ours is restricted then.
+pub fn has_restricted_rings() -> bool {
+    super::Runtime::uring(1).is_ok()
+}

@@ -13,7 +13,7 @@
 //! mapped with `MADV_DONTFORK` (the descriptors, and the rings, whose file
 //! tables have it), and the child begins by closing every file.
 
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -35,8 +35,12 @@ pub(super) fn run(
     watch: &mut dyn FnMut() -> Watch,
     job: impl FnOnce() -> i32,
 ) -> Result<i32, Failure> {
-    let (reader, writer) = io::pipe().map_err(Failure::Ring)?;
-    let child = fork(job, writer).map_err(Failure::Ring)?;
+    let (reader, mut writer) = io::pipe().map_err(Failure::Ring)?;
+    let child = fork(writer.as_raw_fd(), || {
+        let _ = writer.write_all(&job().to_ne_bytes());
+    })
+    .map_err(Failure::Ring)?;
+    drop(writer);
     let result = wait(reader, limit, watch);
     if result.is_ok() {
         bury(child);
@@ -44,8 +48,11 @@ pub(super) fn run(
     result
 }
 
-/// The parent's part of it: the child's process id.
-fn fork(job: impl FnOnce() -> i32, writer: PipeWriter) -> io::Result<libc::pid_t> {
+/// Starts a child process that has no file but `keep`, is not disturbed by
+/// signals, does `work` and ends. Its process id.
+///
+/// What [`run`] says of jobs holds for `work`.
+pub(super) fn fork(keep: RawFd, work: impl FnOnce()) -> io::Result<libc::pid_t> {
     // SAFETY: all zeros is a signal set; both are live.
     let (mut all, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
     // SAFETY: live signal sets.
@@ -58,7 +65,7 @@ fn fork(job: impl FnOnce() -> i32, writer: PipeWriter) -> io::Result<libc::pid_t
     // calls needs no other thread (see `run`).
     let pid = unsafe { libc::fork() };
     if pid == 0 {
-        child(job, writer);
+        child(keep, work);
     }
     let error = io::Error::last_os_error();
     // SAFETY: a live signal set.
@@ -68,12 +75,9 @@ fn fork(job: impl FnOnce() -> i32, writer: PipeWriter) -> io::Result<libc::pid_t
     if pid < 0 { Err(error) } else { Ok(pid) }
 }
 
-fn child(job: impl FnOnce() -> i32, mut writer: PipeWriter) -> ! {
-    close_all_but(writer.as_raw_fd());
-    let job = std::panic::AssertUnwindSafe(job);
-    if let Ok(result) = std::panic::catch_unwind(job) {
-        let _ = writer.write_all(&result.to_ne_bytes());
-    }
+fn child(keep: RawFd, work: impl FnOnce()) -> ! {
+    close_all_but(keep);
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     // SAFETY: ends the process without running anything of the parent's.
     unsafe { libc::_exit(0) }
 }

@@ -10,12 +10,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
 
 use super::explain;
+use super::steward::Steward;
 use super::uapi::{Features, Params, Plain, ublksrv_ctrl_cmd, ublksrv_ctrl_dev_info};
 use crate::error::Result;
 
@@ -38,7 +40,7 @@ const NONE_QUEUE: u16 = u16::MAX;
 pub(super) struct Command {
     /// Its name in the driver's documentation, for messages.
     pub(super) name: &'static str,
-    code: u32,
+    pub(super) code: u32,
 }
 
 macro_rules! commands {
@@ -99,11 +101,50 @@ struct Call<'a> {
     buffer: &'a mut [u8],
 }
 
-/// An open control node with a ring of its own.
+/// A command as it goes to the driver, but for its memory: that begins with
+/// `path_len` bytes of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Order {
+    pub(super) code: u32,
+    pub(super) id: u32,
+    pub(super) data: u64,
+    pub(super) path_len: u16,
+}
+
+impl Order {
+    /// What a server may need while it serves a device.
+    pub(super) fn is_for_stewards(self) -> bool {
+        [
+            START_DEV,
+            STOP_DEV,
+            DEL_DEV,
+            DEL_DEV_ASYNC,
+            GET_PARAMS,
+            GET_DEV_INFO2,
+            UPDATE_SIZE,
+            QUIESCE_DEV,
+        ]
+        .iter()
+        .any(|command| command.code == self.code)
+    }
+}
+
+/// The way to the driver.
 pub(super) struct Control {
+    way: Way,
+    limit: Duration,
+}
+
+enum Way {
+    /// An open control node with a ring of its own.
+    Here(Box<Here>),
+    /// Somebody else has that.
+    Steward(Arc<Steward>),
+}
+
+struct Here {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     node: File,
-    limit: Duration,
     calls: u64,
 }
 
@@ -127,12 +168,26 @@ impl Control {
             .dontfork()
             .build(8)
             .map_err(explain::make_ring)?;
-        Ok(Self {
+        let here = Here {
             ring,
             node,
-            limit,
             calls: 0,
+        };
+        Ok(Self {
+            way: Way::Here(Box::new(here)),
+            limit,
         })
+    }
+
+    /// The driver as a steward can reach it; the node itself without one.
+    pub(super) fn through(steward: Option<&Arc<Steward>>, limit: Duration) -> Result<Self> {
+        match steward {
+            Some(steward) => Ok(Self {
+                way: Way::Steward(Arc::clone(steward)),
+                limit,
+            }),
+            None => Self::open(limit),
+        }
     }
 
     /// What the driver can do. A driver older than 6.5 cannot say; it has
@@ -197,8 +252,19 @@ impl Control {
 
     /// Stops the device: its disk goes away, once what is in flight is done.
     /// The wait for that has no end but the server's: see [`super::apart`].
-    pub(super) fn stop(&mut self, id: u32) -> Result<(), Failure> {
-        self.buffer_call(STOP_DEV, id, 0, &mut []).map(drop)
+    pub(super) fn stop(
+        &mut self,
+        id: u32,
+        watch: &mut dyn FnMut() -> Watch,
+    ) -> Result<(), Failure> {
+        let call = Call {
+            command: STOP_DEV,
+            id,
+            data: 0,
+            path: None,
+            buffer: &mut [],
+        };
+        self.call(call, watch).map(drop)
     }
 
     /// Stops the device if nobody has it open; `EBUSY` otherwise.
@@ -331,8 +397,45 @@ impl Control {
         }
         let path_len = memory.len();
         memory.extend_from_slice(call.buffer);
+        let order = Order {
+            code: call.command.code,
+            id: call.id,
+            data: call.data,
+            path_len: path_len as u16,
+        };
+        let (result, memory) = self.give(order, memory, watch)?;
+        call.buffer.copy_from_slice(&memory[path_len..]);
+        Ok(result)
+    }
+
+    /// Gives an order, and the memory back when the driver has accepted it.
+    pub(super) fn give(
+        &mut self,
+        order: Order,
+        mut memory: Vec<u8>,
+        watch: &mut dyn FnMut() -> Watch,
+    ) -> Result<(i32, Vec<u8>), Failure> {
+        let result = match &mut self.way {
+            Way::Here(here) => return here.give(order, memory, self.limit, watch),
+            Way::Steward(steward) => steward.run(order, &mut memory, self.limit, watch)?,
+        };
+        if result < 0 {
+            return Err(Failure::Errno(-result));
+        }
+        Ok((result, memory))
+    }
+}
+
+impl Here {
+    fn give(
+        &mut self,
+        order: Order,
+        mut memory: Vec<u8>,
+        limit: Duration,
+        watch: &mut dyn FnMut() -> Watch,
+    ) -> Result<(i32, Vec<u8>), Failure> {
         let mut header = ublksrv_ctrl_cmd {
-            dev_id: call.id,
+            dev_id: order.id,
             queue_id: NONE_QUEUE,
             len: memory.len() as u16,
             addr: if memory.is_empty() {
@@ -340,15 +443,15 @@ impl Control {
             } else {
                 memory.as_mut_ptr() as u64
             },
-            data: [call.data],
-            dev_path_len: path_len as u16,
+            data: [order.data],
+            dev_path_len: order.path_len,
             ..ublksrv_ctrl_cmd::default()
         };
         let mut payload = [0; 80];
         payload[..size_of::<ublksrv_ctrl_cmd>()].copy_from_slice(header.bytes_mut());
         self.calls += 1;
         let number = self.calls;
-        let entry = opcode::UringCmd80::new(types::Fd(self.node.as_raw_fd()), call.command.code)
+        let entry = opcode::UringCmd80::new(types::Fd(self.node.as_raw_fd()), order.code)
             .cmd(payload)
             .build()
             .user_data(number);
@@ -358,11 +461,8 @@ impl Control {
         if pushed.is_err() {
             return Err(Failure::Ring(io::Error::from_raw_os_error(libc::EBUSY)));
         }
-        match self.wait(number, watch) {
-            Ok(result) if result >= 0 => {
-                call.buffer.copy_from_slice(&memory[path_len..]);
-                Ok(result)
-            }
+        match self.wait(number, limit, watch) {
+            Ok(result) if result >= 0 => Ok((result, memory)),
             Ok(result) => Err(Failure::Errno(-result)),
             Err(failure) => {
                 std::mem::forget(memory);
@@ -372,10 +472,15 @@ impl Control {
         }
     }
 
-    fn wait(&mut self, number: u64, watch: &mut dyn FnMut() -> Watch) -> Result<i32, Failure> {
+    fn wait(
+        &mut self,
+        number: u64,
+        limit: Duration,
+        watch: &mut dyn FnMut() -> Watch,
+    ) -> Result<i32, Failure> {
         let mut since = Instant::now();
         loop {
-            let left = self.limit.saturating_sub(since.elapsed());
+            let left = limit.saturating_sub(since.elapsed());
             let slice = left.min(SLICE);
             let spec = types::Timespec::new()
                 .sec(slice.as_secs())
@@ -402,8 +507,8 @@ impl Control {
                 Watch::Progress => since = Instant::now(),
                 Watch::GiveUp => return Err(Failure::GivenUp),
             }
-            if since.elapsed() >= self.limit {
-                return Err(Failure::TimedOut(self.limit));
+            if since.elapsed() >= limit {
+                return Err(Failure::TimedOut(limit));
             }
         }
     }

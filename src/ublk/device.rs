@@ -15,6 +15,7 @@ use super::options::Options;
 use super::params::{params, sectors};
 use super::queue::{self, Setup};
 use super::shared::Shared;
+use super::steward::Steward;
 use super::uapi::ublksrv_ctrl_dev_info;
 use super::{explain, halt};
 use crate::block::{BlockHandler, Limits};
@@ -40,6 +41,7 @@ pub struct Handle {
     logical_block: u32,
     limit: Duration,
     shared: Arc<Shared>,
+    steward: Option<Arc<Steward>>,
 }
 
 impl Handle {
@@ -55,7 +57,7 @@ impl Handle {
 
     /// The driver's record of the device.
     pub fn info(&self) -> Result<DeviceInfo> {
-        DeviceInfo::read(&mut Control::open(self.limit)?, self.id)
+        DeviceInfo::read(&mut self.control()?, self.id)
     }
 
     /// Shows a new size to the disk's users; the handler has it already.
@@ -68,7 +70,11 @@ impl Handle {
                 format!("ublk device {} has been stopped", self.id),
             ));
         }
-        Control::open(self.limit)?.update_size(self.id, sectors)
+        self.control()?.update_size(self.id, sectors)
+    }
+
+    fn control(&self) -> Result<Control> {
+        Control::through(self.steward.as_ref(), self.limit)
     }
 }
 
@@ -80,6 +86,8 @@ impl Handle {
 pub struct Device {
     handle: Handle,
     path: PathBuf,
+    queues: u16,
+    depth: u16,
     data_path: DataPath,
     control: Control,
     threads: Vec<JoinHandle<()>>,
@@ -89,10 +97,42 @@ pub struct Device {
     stopped: bool,
 }
 
+/// A device whose queues are ready and whose disk does not exist yet: nobody
+/// has read or written a byte of it. Dropping it removes it.
+#[derive(Debug)]
+#[must_use = "the device is removed when this is dropped"]
+pub struct Prepared(Device);
+
+impl Prepared {
+    /// The device that it is going to be.
+    pub fn device(&self) -> &Device {
+        &self.0
+    }
+
+    /// Makes the disk, and waits until its [path](Device::path) can be opened.
+    pub fn start(self) -> Result<Device> {
+        let mut device = self.0;
+        device.start_disk()?;
+        device.wait_node(device.handle.limit)?;
+        Ok(device)
+    }
+}
+
 impl Device {
     /// Makes the device, serves it with `handler`, and waits until
     /// [`Self::path`] can be opened.
     pub fn create<H: BlockHandler>(options: &Options, handler: Arc<H>) -> Result<Self> {
+        Self::prepare(options, handler, None)?.start()
+    }
+
+    /// Makes the device and its queues, with `handler` to serve them. From
+    /// then on the driver is commanded through the `steward`, if there is one:
+    /// this process needs no more rights, files or rings than it has.
+    pub fn prepare<H: BlockHandler>(
+        options: &Options,
+        handler: Arc<H>,
+        steward: Option<Arc<Steward>>,
+    ) -> Result<Prepared> {
         options.check()?;
         let mut control = Control::open(options.time_limit)?;
         let limits = handler.limits();
@@ -105,7 +145,10 @@ impl Device {
                 logical_block: options.logical_block,
                 limit: options.time_limit,
                 shared: Arc::new(Shared::new(info.nr_hw_queues)),
+                steward,
             },
+            queues: info.nr_hw_queues,
+            depth: info.queue_depth,
             path: block_path(info.dev_id),
             data_path,
             control,
@@ -115,7 +158,8 @@ impl Device {
         };
         // On failure the drop of `device` removes it.
         device.bring_up(options, &limits, &info, handler)?;
-        Ok(device)
+        device.control = device.handle.control()?;
+        Ok(Prepared(device))
     }
 
     fn bring_up<H: BlockHandler>(
@@ -150,9 +194,7 @@ impl Device {
         }
         // From here on only the queues hold them.
         drop((node, handler));
-        self.wait_fetching(limit)?;
-        self.start_disk()?;
-        self.wait_node(limit)
+        self.wait_fetching(limit)
     }
 
     /// Waits until every queue can take requests.
@@ -242,6 +284,16 @@ impl Device {
         &self.path
     }
 
+    /// Hardware queues.
+    pub fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    /// Requests in flight in each.
+    pub fn depth(&self) -> u16 {
+        self.depth
+    }
+
     /// How data moves between the kernel and us.
     pub fn data_path(&self) -> DataPath {
         self.data_path
@@ -277,8 +329,7 @@ impl Device {
     pub fn stop(mut self) -> Result<Stopped> {
         let trouble = self.shut_down()?;
         Ok(Stopped {
-            id: self.handle.id,
-            limit: self.handle.limit,
+            handle: self.handle.clone(),
             trouble,
             deleted: false,
         })
@@ -297,14 +348,20 @@ impl Device {
     /// its own: the device is stopped all the same.
     fn shut_down(&mut self) -> Result<Option<Error>> {
         let Handle {
-            id, limit, shared, ..
+            id,
+            limit,
+            shared,
+            steward,
+            ..
         } = self.handle.clone();
         let alive = shared.lock().ended == 0;
         let mut trouble = None;
         // The disk's page cache holds what buffered users have written. On a
         // device with recovery STOP_DEV would fail it, not write it.
         if self.started && alive {
-            trouble = halt::write_back(id, limit).err();
+            let mut served = shared.served();
+            let mut watch = || progress(&mut served, shared.served());
+            trouble = halt::write_back(id, limit, steward.as_ref(), &mut watch).err();
         }
         let (mut served, mut since) = (shared.served(), Instant::now());
         let mut watch = || {
@@ -327,7 +384,7 @@ impl Device {
         let threads = self.threads.len();
         let mut end = None;
         let ended = loop {
-            halt::stop(id, limit, &mut watch)?;
+            halt::stop(id, limit, steward.as_ref(), &mut watch)?;
             let ended = shared.wait_for(AGAIN, |state| (state.ended == threads).then_some(()));
             let end = *end.get_or_insert_with(|| Instant::now() + limit);
             if ended.is_some() || Instant::now() >= end {
@@ -370,8 +427,7 @@ impl Drop for Device {
 #[derive(Debug)]
 #[must_use = "the device is removed when this is dropped"]
 pub struct Stopped {
-    id: u32,
-    limit: Duration,
+    handle: Handle,
     trouble: Option<Error>,
     deleted: bool,
 }
@@ -388,7 +444,7 @@ impl Stopped {
 
     fn delete_once(&mut self) -> Result<()> {
         if !std::mem::replace(&mut self.deleted, true) {
-            Control::open(self.limit)?.delete(self.id)?;
+            self.handle.control()?.delete(self.handle.id)?;
         }
         self.trouble.take().map_or(Ok(()), Err)
     }

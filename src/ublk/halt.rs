@@ -2,25 +2,36 @@
 
 use std::fs::{File, read_to_string};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::control::{Control, Failure, STOP_DEV, Watch, block_path};
+use super::control::{Control, Failure, Order, STOP_DEV, Watch, block_path};
+use super::steward::{Steward, WRITE_BACK};
 use super::{apart, explain};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Writes back what the page cache holds of a disk. Gives up when the disk has
-/// not moved for `limit`: its server may be stuck.
-pub(super) fn write_back(id: u32, limit: Duration) -> Result<()> {
+/// Writes back what the page cache holds of a disk. Gives up when `watch` has
+/// seen nothing for `limit`: the disk's server may be stuck.
+pub(super) fn write_back(
+    id: u32,
+    limit: Duration,
+    steward: Option<&Arc<Steward>>,
+    watch: &mut dyn FnMut() -> Watch,
+) -> Result<()> {
     let path = block_path(id);
-    let mut activity = Activity::new(id);
-    let result = apart::run(limit, &mut || activity.look(), || {
-        // Opened for reading: the end of a writer would make udev look at the
-        // disk once more.
-        match File::open(&path).and_then(|file| file.sync_all()) {
-            Ok(()) => 0,
-            Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+    let result = match steward {
+        Some(steward) => {
+            let order = Order {
+                code: WRITE_BACK,
+                id,
+                data: 0,
+                path_len: 0,
+            };
+            let result = steward.run(order, &mut [], limit, watch);
+            result.map(|result| -result)
         }
-    });
+        None => apart::run(limit, watch, || write_back_here(id)),
+    };
     match result {
         // The disk is gone, and what it had with it.
         Ok(0 | libc::ENOENT | libc::ENXIO | libc::ENODEV) => Ok(()),
@@ -35,12 +46,34 @@ pub(super) fn write_back(id: u32, limit: Duration) -> Result<()> {
     .map_err(|error| Error::io("write back the page cache", error).path(path))
 }
 
+/// Writes back a disk from this process: an errno, or 0.
+pub(super) fn write_back_here(id: u32) -> i32 {
+    // Opened for reading: the end of a writer would make udev look at the disk
+    // once more.
+    match File::open(block_path(id)).and_then(|file| file.sync_all()) {
+        Ok(()) => 0,
+        Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+    }
+}
+
 /// Stops a device: its disk goes away once what is in flight is done. Nothing
 /// happens to one that is stopped or gone.
-pub(super) fn stop(id: u32, limit: Duration, watch: &mut dyn FnMut() -> Watch) -> Result<()> {
+pub(super) fn stop(
+    id: u32,
+    limit: Duration,
+    steward: Option<&Arc<Steward>>,
+    watch: &mut dyn FnMut() -> Watch,
+) -> Result<()> {
+    if steward.is_some() {
+        return match Control::through(steward, limit)?.stop(id, watch) {
+            Ok(()) | Err(Failure::Errno(libc::ENODEV)) => Ok(()),
+            Err(failure) => Err(explain::command(STOP_DEV, Some(id), failure)),
+        };
+    }
     let result = apart::run(limit, watch, || {
         // The limit is the waiting process's.
-        let stopped = Control::open(Duration::MAX).map(|mut control| control.stop(id));
+        let stopped = Control::open(Duration::MAX)
+            .map(|mut control| control.stop(id, &mut || Watch::Waiting));
         match stopped {
             Ok(Ok(())) => 0,
             Ok(Err(Failure::Errno(errno))) => errno,

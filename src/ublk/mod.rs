@@ -25,12 +25,14 @@ mod queue;
 mod remove;
 mod request;
 mod shared;
+mod steward;
 mod uapi;
 mod users;
 
 pub use datapath::DataPath;
-pub use device::{Device, Ended, Handle, Stopped};
+pub use device::{Device, Ended, Handle, Prepared, Stopped};
 pub use info::{DeviceInfo, State, features, info, list};
 pub use options::Options;
 pub use remove::remove;
+pub use steward::Steward;
 pub use uapi::Features;

@@ -115,6 +115,7 @@ fn run<H: BlockHandler>(setup: Setup, handler: Arc<H>, shared: &Arc<Shared>) -> 
         for _ in 0..3 {
             yield_now().await;
         }
+        queue.handler.queue_ready(queue.setup.queue);
         shared.change(|state| state.fetching += 1);
         // Once a tag is offered, only the driver can take it back (when the
         // device is stopped): whatever happens, wait for that.

@@ -26,11 +26,12 @@ pub fn remove(id: u32, force: bool) -> Result<()> {
     let device = DeviceInfo::read(&mut control, id)?;
     let server = device.pid.filter(|&pid| is_alive(pid));
     if force {
-        if device.state == State::Live
-            && server.is_some()
-            && let Err(error) = halt::write_back(id, TIME_LIMIT)
-        {
-            tracing::warn!("{error}");
+        if device.state == State::Live && server.is_some() {
+            let mut activity = Activity::new(id);
+            let written = halt::write_back(id, TIME_LIMIT, None, &mut || activity.look());
+            if let Err(error) = written {
+                tracing::warn!("{error}");
+            }
         }
         stop(&device)?;
     } else if device.state != State::Dead {
@@ -41,7 +42,7 @@ pub fn remove(id: u32, force: bool) -> Result<()> {
 
 fn stop(device: &DeviceInfo) -> Result<()> {
     let mut activity = Activity::new(device.id);
-    let stopped = halt::stop(device.id, TIME_LIMIT, &mut || activity.look());
+    let stopped = halt::stop(device.id, TIME_LIMIT, None, &mut || activity.look());
     match (stopped, device.pid) {
         (Err(error), Some(pid)) if error.kind() == ErrorKind::Timeout => Err(Error::new(
             ErrorKind::Timeout,

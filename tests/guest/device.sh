@@ -361,9 +361,52 @@ on_block_device() {
     losetup -d "$loop"
 }
 
+server_of() { qcow2-ublk list --json | sed -nE 's/.*"pid": *([0-9]+).*/\1/p' | head -n1; }
+
+# Each thread of a process has this in its status.
+every_thread() {
+    local status
+    for status in /proc/"$1"/task/*/status; do
+        grep -qE "$2" "$status" || { grep -E "Name|Pid|Cap|Sec|NoNew" "$status"; return 1; }
+    done
+}
+
+# In every thread: no capabilities, no way to new ones, a filter for system
+# calls. The process that keeps the right to command the driver ends with it.
+sandboxed() {
+    local device pid steward
+    qcow2-ublk create disk.qcow2 64M
+    device=$(qcow2-ublk add disk.qcow2)
+    pid=$(server_of)
+    dd if=/dev/urandom of="$device" bs=1M count=4 oflag=direct
+    every_thread "$pid" '^CapPrm:[[:space:]]*0+$'
+    every_thread "$pid" '^CapEff:[[:space:]]*0+$'
+    every_thread "$pid" '^NoNewPrivs:[[:space:]]*1$'
+    every_thread "$pid" '^Seccomp:[[:space:]]*2$'
+    qcow2-ublk list
+    grep -E '^VmLck:[[:space:]]*[1-9]' "/proc/$pid/status"
+    steward=$(grep -lx ublk-steward /proc/[0-9]*/comm | cut -d/ -f3)
+    grep -x "PPid:[[:space:]]*$pid" "/proc/$steward/status"
+    ls -l "/proc/$steward/fd"
+    [[ $(ls "/proc/$steward/fd" | wc -l) -eq 1 ]]
+    kill -KILL "$pid"
+    eventually test ! -e "/proc/$steward"
+    qcow2-ublk del "$device"
+    qcow2-ublk check --repair all disk.qcow2
+
+    device=$(qcow2-ublk add --no-sandbox disk.qcow2 2>warning)
+    grep -i 'no sandbox' warning
+    pid=$(server_of)
+    every_thread "$pid" '^Seccomp:[[:space:]]*0$'
+    grep -q '^CapEff:.*[1-9a-f]' "/proc/$pid/status"
+    qcow2-ublk del "$device"
+    sound disk.qcow2
+}
+
 begin "$@"
 paths=(copy user-copy)
 [[ $(uname -r) == 6.1[0-5].* ]] || paths+=(auto-buf)
+try "the server is in its sandbox" sandboxed
 try "errors of add and del" errors
 try "locks against QEMU" locks
 try "notifies the service manager" notifies

@@ -66,7 +66,7 @@ impl Header {
         let mut opened = Zeroizing::new(material.to_vec());
         self.slot_cipher(place, passphrase)?.decrypt(0, &mut opened);
         let key = split::merge(&opened[..self.material_len()], self.key_len, self.hash);
-        Ok(self.is_key(&key).then(|| VolumeKey::new(key)))
+        Ok(self.is_key(&key).then(|| VolumeKey::new(&key)))
     }
 
     /// The cipher of a slot's key material.
@@ -217,7 +217,7 @@ impl Format {
     /// A new header with its key material: all bytes of the region. The
     /// passphrase is in slot 0.
     pub fn make(&self, passphrase: &[u8]) -> Result<Vec<u8>> {
-        let key = VolumeKey::new(random(self.key_len)?);
+        let key = VolumeKey::new(&random(self.key_len)?);
         // Both refuse what does not exist.
         SectorCipher::new(self.spec, key.expose(), SECTOR as u32)?;
         let material = (self.key_len * split::STRIPES as usize) as u64;

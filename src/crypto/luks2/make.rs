@@ -23,7 +23,7 @@ const MATERIAL_LEN: u64 = 1 << 20;
 /// A new header with its key material: all bytes of the region. The
 /// passphrase is in slot 0. Sectors have 512 bytes.
 pub fn make(format: &Format, passphrase: &[u8]) -> Result<Vec<u8>> {
-    let key = VolumeKey::new(random(format.key_len)?);
+    let key = VolumeKey::new(&random(format.key_len)?);
     // Refuses what does not exist.
     SectorCipher::new(format.spec, key.expose(), SECTOR as u32)?;
     let encryption = format.spec.to_string();

@@ -249,7 +249,7 @@ impl Header {
         );
         Ok(self
             .is_key(slot, &key, limits)?
-            .then(|| VolumeKey::new(key)))
+            .then(|| VolumeKey::new(&key)))
     }
 
     /// True when the slot's key is the disk's.
