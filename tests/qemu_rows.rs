@@ -2,7 +2,7 @@
 //! directions: what QEMU wrote we read, what we wrote QEMU reads, and its
 //! check is clean after each. Content is compared, not only metadata.
 //!
-//! Rows 19 and 24 are in concurrent.rs, 20 and T11 in faults.rs, 23 in
+//! Rows 19 and 24 are in concurrent.rs, 20 and T11 in faults, 23 in
 //! crash.rs.
 
 mod common;

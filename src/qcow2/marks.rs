@@ -58,16 +58,17 @@ impl Image {
         Ok(())
     }
 
-    /// Takes the dirty mark off: everything is durable.
+    /// Takes the dirty mark off: everything is durable. After a failure the
+    /// mark stays, and the next call takes it off.
     pub(super) async fn end_lazy(&self) -> Result<()> {
-        if !self.postpones_refcounts() {
+        let marks = self.header().incompatible;
+        if !marks.contains(Incompatible::DIRTY) || self.needs_repair {
             return Ok(());
         }
         // From now on as always: what follows is written in order again.
         self.lazy.store(false, Ordering::Release);
         self.flush().await?;
-        let marks = self.header().incompatible - Incompatible::DIRTY;
-        self.store_marks(marks).await?;
+        self.store_marks(marks - Incompatible::DIRTY).await?;
         // The next change marks it again.
         self.prepared.store(false, Ordering::Release);
         Ok(())

@@ -228,7 +228,15 @@ impl Image {
             return Ok(());
         }
         // The image matters more than its bitmaps: it is closed in any case.
+        // What failed first is why the rest did.
         let bitmaps = self.close_bitmaps().await;
+        let closed = self.close_tables().await;
+        bitmaps
+            .map_err(|e| e.context("cannot store the dirty bitmaps"))
+            .and(closed)
+    }
+
+    async fn close_tables(&self) -> Result<()> {
         // The first makes unmappings durable and frees clusters, which
         // changes refcounts again.
         self.flush().await?;
@@ -238,8 +246,7 @@ impl Image {
             self.flush().await?;
         }
         self.trim_file().await?;
-        self.end_lazy().await?;
-        bitmaps.map_err(|e| e.context("cannot store the dirty bitmaps"))
+        self.end_lazy().await
     }
 }
 

@@ -61,6 +61,23 @@ impl Future for RawOp {
     }
 }
 
+/// How often in a row an operation may ask to be tried again.
+const RETRIES: u32 = 100;
+
+/// Counts how often an operation has asked to be tried again.
+#[derive(Debug, Default)]
+pub(super) struct Retries(u32);
+
+impl Retries {
+    /// True if the error says no more than that, and not for ever. Not for
+    /// syncs: whatever else they say, they have failed.
+    pub(super) fn allow(&mut self, error: &io::Error) -> bool {
+        self.0 += 1;
+        let again = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+        again && self.0 <= RETRIES
+    }
+}
+
 /// How to change the contents of a range without sending bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Allocation {

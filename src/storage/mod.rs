@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::Payload;
-use backend::{Backend, Unsupported};
+use backend::{Backend, Retries, Unsupported};
 use durable::Durability;
 pub use holes::FileExtent;
 pub use lock::{Locks, Role};
@@ -225,8 +225,9 @@ impl Storage {
             // Before the file: a read in between takes its end for the end.
             self.len.store(len, Ordering::Release);
         }
+        let mut retries = Retries::default();
         while let Err(e) = self.backend.set_len(len).await {
-            if e.raw_os_error() != Some(libc::EINTR) {
+            if !retries.allow(&e) {
                 return Err(Error::io(format!("set the length to {len}"), e).path(&self.path));
             }
         }

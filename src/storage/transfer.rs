@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use super::Storage;
-use super::backend::RawOp;
+use super::backend::{RawOp, Retries};
 use crate::error::{Error, Result};
 use crate::runtime::buf::ZEROS_LEN;
 use crate::runtime::{Buf, Payload};
@@ -15,8 +15,6 @@ use crate::runtime::{Buf, Payload};
 const LARGEST_DIRECT: u64 = 1 << 30;
 /// The most that goes through a bounce buffer at a time.
 const LARGEST_BOUNCE: u64 = 1 << 20;
-/// How often in a row an operation may ask to be tried again.
-const RETRIES: u32 = 100;
 
 /// A read or write under way; made by [`Storage::start_read`] and
 /// [`Storage::start_write`].
@@ -34,6 +32,8 @@ pub struct Transfer<'a> {
     direction: Direction,
     /// Operations in a row that moved nothing.
     stalls: u32,
+    /// Those that asked to be tried again.
+    retries: Retries,
     step: Step<'a>,
 }
 
@@ -104,6 +104,7 @@ impl<'a> Transfer<'a> {
             done: 0,
             direction,
             stalls: 0,
+            retries: Retries::default(),
             step: Step::Complete,
         };
         match allowed {
@@ -195,13 +196,7 @@ impl<'a> Transfer<'a> {
     fn advance(&mut self, start: u64, result: io::Result<u32>) -> Result<()> {
         let moved = match result {
             Ok(n) => u64::from(n),
-            Err(e)
-                if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
-                    && self.stalls < RETRIES =>
-            {
-                self.stalls += 1;
-                return self.next_step();
-            }
+            Err(e) if self.retries.allow(&e) => return self.next_step(),
             Err(e) => return Err(self.error_at(self.position(), e)),
         };
         let stopped = start + moved;
@@ -224,6 +219,7 @@ impl<'a> Transfer<'a> {
         };
         self.done += progress;
         self.stalls = if progress > 0 { 0 } else { self.stalls + 1 };
+        self.retries = Retries::default();
         match self.direction {
             Direction::Write => {
                 self.storage.grown_to(stopped);

@@ -1,7 +1,7 @@
 //! Zeroing ranges and giving their space back.
 
 use super::Storage;
-use super::backend::Allocation;
+use super::backend::{Allocation, Retries};
 use crate::error::{Error, Result};
 use crate::runtime::Payload;
 
@@ -62,9 +62,10 @@ impl Storage {
         if len == 0 || self.is_block_device() {
             return Ok(());
         }
+        let mut retries = Retries::default();
         while let Err(e) = self.backend.reserve(offset, len).await {
             let unable = matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS));
-            if e.raw_os_error() != Some(libc::EINTR) {
+            if !retries.allow(&e) {
                 let error = Error::io("take the space of a range", e)
                     .path(&self.path)
                     .at(offset);
@@ -126,12 +127,13 @@ impl Storage {
         if self.unsupported.is(what) {
             return Ok(Outcome::Refused);
         }
+        let mut retries = Retries::default();
         loop {
             let Err(e) = self.backend.allocate(what, offset, len).await else {
                 return Ok(Outcome::Done);
             };
             match e.raw_os_error() {
-                Some(libc::EINTR) => {}
+                _ if retries.allow(&e) => {}
                 Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY) => {
                     self.unsupported.remember(what);
                     return Ok(Outcome::Refused);

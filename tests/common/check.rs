@@ -144,6 +144,9 @@ impl<'a> Checked<'a> {
         let header = &self.header;
         add(HostOffset(0), 1);
         add(header.refcount_table_offset, header.reftable_bytes());
+        if let Some((offset, len)) = header.crypto_header() {
+            add(offset, len);
+        }
         for &raw in &self.reftable {
             match ReftableEntry::decode(raw, &self.geometry) {
                 Ok(ReftableEntry::Absent) => {}

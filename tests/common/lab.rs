@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use qcow2_ublk::block::{BlockHandler, Op, Payload, Request};
 use qcow2_ublk::chain::{Chain, Layer};
+use qcow2_ublk::crypto::Keyring;
 use qcow2_ublk::engine::{self, Engine};
 use qcow2_ublk::qcow2::{Barrier, Image, ImageOptions, OverlapCheck};
 use qcow2_ublk::runtime::Runtime;
@@ -21,6 +22,8 @@ pub enum Below {
     Nothing,
     Raw(sim::Image),
     Qcow2(sim::Image),
+    /// Files of the image's own machine: images, top first, and a raw one.
+    Disks(Vec<SimDisk>, Option<SimDisk>),
 }
 
 /// How an image is opened.
@@ -34,6 +37,7 @@ pub struct How {
     pub punch: bool,
     pub barrier: Barrier,
     pub overlap_check: OverlapCheck,
+    pub keys: Option<Arc<dyn Keyring>>,
 }
 
 impl Default for How {
@@ -46,6 +50,7 @@ impl Default for How {
             punch: true,
             barrier: Barrier::default(),
             overlap_check: OverlapCheck::default(),
+            keys: None,
         }
     }
 }
@@ -57,6 +62,7 @@ pub async fn open(disk: &SimDisk, how: &How) -> Result<Engine> {
         punch: how.punch,
         barrier: how.barrier,
         overlap_check: how.overlap_check,
+        keys: how.keys.clone(),
         ..ImageOptions::default()
     };
     let data = how
@@ -73,6 +79,17 @@ pub async fn open(disk: &SimDisk, how: &How) -> Result<Engine> {
         Below::Qcow2(image) => {
             let image = Image::open(storage(image), &ImageOptions::default()).await?;
             vec![Layer::Qcow2(Box::new(image))]
+        }
+        Below::Disks(images, raw) => {
+            let mut layers = Vec::new();
+            for disk in images {
+                let storage = Storage::simulated(disk, how.alignment);
+                let image = Image::open(storage, &ImageOptions::default()).await?;
+                layers.push(Layer::Qcow2(Box::new(image)));
+            }
+            let raw = raw.as_ref().map(|disk| Storage::simulated(disk, 1));
+            layers.extend(raw.map(Layer::Raw));
+            layers
         }
     };
     let options = engine::Options {

@@ -67,7 +67,8 @@ pub(crate) struct State {
     loaded: bool,
     /// The enabled bitmaps are in memory and record.
     recording: bool,
-    /// The image is being written to: enabled bitmaps are marked in the file.
+    /// The image is being written to: enabled bitmaps are marked in the file,
+    /// or were about to be when something failed.
     marked: bool,
     /// The entries are not those in the file.
     edited: bool,
@@ -233,9 +234,10 @@ impl Image {
         if !any {
             return Ok(false);
         }
-        let written = self.write_marks(state).await;
-        state.marked = written.is_ok();
-        written.map(|()| true)
+        // When that fails, some may be in the file all the same, or from an
+        // earlier attempt: a close takes them off in any case.
+        self.write_marks(state).await?;
+        Ok(true)
     }
 }
 

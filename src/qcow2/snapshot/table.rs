@@ -119,7 +119,7 @@ pub(crate) async fn read(storage: &Storage, header: &Header) -> Result<(Vec<Snap
     for _ in 0..header.nb_snapshots {
         if (at - window_at) as usize + LONGEST > window.len() {
             window_at = at;
-            window.resize(WINDOW, 0);
+            window = vec![0; WINDOW];
             storage.read(start.0 + at, &mut window).await?;
         }
         let bytes = &window[(at - window_at) as usize..];

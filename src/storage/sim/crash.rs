@@ -139,6 +139,17 @@ impl Iterator for CrashImages<'_> {
 }
 
 impl CrashImages<'_> {
+    /// Goes on to the states after `point` records, past those before it.
+    #[must_use]
+    pub fn from_point(mut self, point: usize) -> Self {
+        for record in self.history.records[..point].iter().skip(self.point) {
+            self.step(record);
+            self.point += 1;
+        }
+        self.variant = 0;
+        self
+    }
+
     fn step(&mut self, record: &Record) {
         let number = self.point;
         let same_disk = |p: &Pending| self.history.records[p.record].disk == record.disk;
