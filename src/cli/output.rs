@@ -33,7 +33,26 @@ fn json(value: &impl Serialize) -> Result<String> {
         .serialize(&mut serializer)
         .map_err(|e| Error::io("write JSON", e.into()))?;
     out.push(b'\n');
-    Ok(String::from_utf8(out).expect("JSON is UTF-8"))
+    let text = String::from_utf8(out).expect("JSON is UTF-8");
+    Ok(plain_json(text))
+}
+
+/// JSON without characters that change what one sees: they are in texts only,
+/// where their numbers will do.
+pub(super) fn plain_json(text: String) -> String {
+    let hidden = |c: char| c != '\n' && is_hidden(c);
+    if !text.contains(hidden) {
+        return text;
+    }
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        if hidden(c) {
+            plain += &format!("\\u{:04x}", u32::from(c));
+        } else {
+            plain.push(c);
+        }
+    }
+    plain
 }
 
 /// Tells the user about an error.
@@ -61,12 +80,20 @@ pub(super) fn colour() -> bool {
     !refused && io::stderr().is_terminal()
 }
 
+/// Control characters, and those that one does not see but that turn the
+/// writing round, or hide in it. None of them is above U+FFFF.
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}'
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
+}
+
 /// The text without control characters: file names and texts from images are
 /// not to play with the terminal.
 pub(super) fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
-            let hidden = c.is_control();
+            let hidden = is_hidden(c);
             let shown = (!hidden).then_some(c);
             let escaped = hidden.then(|| c.escape_default());
             shown.into_iter().chain(escaped.into_iter().flatten())

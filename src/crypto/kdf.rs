@@ -51,7 +51,7 @@ pub(super) fn check_iterations(iterations: u64, limits: &Limits) -> Result<()> {
     Err(Error::new(
         ErrorKind::Policy,
         format!(
-            "deriving the key takes {iterations} iterations, and the limit is {}",
+            "deriving the key takes {iterations} iterations, and {} are allowed for all slots",
             limits.iterations
         ),
     )

@@ -105,6 +105,14 @@ impl Header {
         }
     }
 
+    /// Iterations that trying a slot takes, as [`Limits`] count them.
+    pub fn cost(&self, slot: usize) -> u64 {
+        match self {
+            Self::V1(header) => header.cost(slot),
+            Self::V2(header) => header.cost(slot),
+        }
+    }
+
     /// The disk's cipher, and by how many bytes its sectors are counted
     /// higher than they lie.
     pub fn disk_cipher(&self, key: &VolumeKey) -> Result<(SectorCipher, u64)> {

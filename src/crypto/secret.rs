@@ -61,7 +61,8 @@ impl Keyring for Secret {
 pub struct Limits {
     /// Bytes of memory (Argon2).
     pub memory: u64,
-    /// Iterations (PBKDF2), or KiB of memory passed over (Argon2).
+    /// Iterations (PBKDF2), or KiB of memory passed over (Argon2), for all the
+    /// slots that are tried.
     pub iterations: u64,
 }
 

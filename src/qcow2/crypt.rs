@@ -163,7 +163,10 @@ impl<'a> Region<'a> {
                     .path(storage.path()),
             );
         };
-        let luks = read(storage, offset.0, len).await;
+        let luks = match check_place(storage, header, offset.0, len) {
+            Ok(()) => read(storage, offset.0, len).await,
+            Err(error) => Err(error),
+        };
         Ok(Self {
             storage,
             offset: offset.0,
@@ -177,8 +180,10 @@ impl<'a> Region<'a> {
         passphrase: &Secret,
         limits: &Limits,
     ) -> Result<Option<(usize, VolumeKey)>> {
-        // A slot that may not be tried is an error only if no other opens.
+        // A slot that may not be tried is an error only if no other opens. The
+        // limit is for all of them: there may be many.
         let mut refused = None;
+        let mut limits = *limits;
         for (slot, area) in self.luks.active() {
             let mut material = Zeroizing::new(vec![0; (area.end - area.start) as usize]);
             let at = self.offset + area.start;
@@ -188,7 +193,10 @@ impl<'a> Region<'a> {
                 .map_err(|e| e.context("cannot read the key material"))?;
             let found = self
                 .luks
-                .unlock(slot, &material, passphrase.expose(), limits);
+                .unlock(slot, &material, passphrase.expose(), &limits);
+            if found.is_ok() {
+                limits.iterations = limits.iterations.saturating_sub(self.luks.cost(slot));
+            }
             match found {
                 Ok(Some(key)) => return Ok(Some((slot, key))),
                 Ok(None) => {}
@@ -212,6 +220,24 @@ impl<'a> Region<'a> {
         }
         Ok(())
     }
+}
+
+/// Refuses a place for header and key material that the file does not have:
+/// work is done, and memory taken, for all of it.
+fn check_place(storage: &Storage, header: &Header, offset: u64, len: u64) -> Result<()> {
+    let file_len = storage.len();
+    let end = file_len.next_multiple_of(header.cluster_size());
+    if len <= end.saturating_sub(offset) {
+        return Ok(());
+    }
+    Err(Error::corrupt(
+        format!(
+            "the encryption header of {len} bytes goes on behind the end of the file \
+             ({file_len} bytes)"
+        ),
+        offset,
+    )
+    .cure("The file was truncated: restore it from a copy"))
 }
 
 /// The header in `len` bytes from `offset` on.

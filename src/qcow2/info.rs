@@ -83,9 +83,12 @@ async fn bitmaps(storage: &Storage, header: &Header) -> Result<Vec<Bitmap>> {
     let Some(extension) = header.bitmaps().filter(|_| header.bitmaps_consistent()) else {
         return Ok(Vec::new());
     };
-    let mut directory = Buf::take(extension.directory_size as usize);
-    storage
-        .read(extension.directory_offset.0, &mut directory)
-        .await?;
+    let (offset, len) = (extension.directory_offset.0, extension.directory_size);
+    if offset + len > storage.len() {
+        let text = "the bitmap directory lies behind the end of the file";
+        return Err(Error::corrupt(text, offset));
+    }
+    let mut directory = Buf::take(len as usize);
+    storage.read(offset, &mut directory).await?;
     Bitmap::parse_directory(&directory, extension, &header.geometry())
 }

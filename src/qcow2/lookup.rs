@@ -49,11 +49,13 @@ impl Image {
     pub(crate) async fn lookup(&self, at: GuestOffset, len: u64) -> Result<Extent> {
         let Some(place) = self.entry_place(at)? else {
             // A whole L1 entry's span, or more of them, is not there.
-            let span = self.geometry.l1_entry_span();
-            let in_span = span - at.0 % span;
+            let span_bits = self.geometry.l1_entry_span_bits();
+            let in_span = at.offset_in(span_bits);
+            let spans = len.saturating_add(in_span).div_ceil(1 << span_bits);
+            let zeros = self.l1.zeros(self.geometry.l1_index(at), spans).max(1);
             return Ok(Extent {
                 mapping: Mapping::Unallocated,
-                len: len.min(in_span),
+                len: len.min((zeros << span_bits) - in_span),
             });
         };
         let slice = self.l2_slice(place).await?;

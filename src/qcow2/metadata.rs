@@ -1,7 +1,7 @@
 //! Which host clusters hold metadata: guest data must never be written there,
 //! whatever a damaged L2 table says (item 85).
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
@@ -50,11 +50,71 @@ impl OverlapCheck {
 pub(crate) struct Metadata {
     cluster_bits: u32,
     template: OverlapCheck,
-    clusters: RwLock<HashSet<u64>>,
+    clusters: RwLock<Clusters>,
     /// L2 tables of a damaged image that are something else as well.
     doubles: RwLock<HashSet<u64>>,
     /// There are any.
     has_doubles: AtomicBool,
+}
+
+/// A set of clusters.
+#[derive(Debug, Default)]
+struct Clusters {
+    single: HashSet<u64>,
+    /// Runs of several: first, and the first behind them. They do not touch,
+    /// and take as much memory as there are tables, however long those say
+    /// they are.
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Clusters {
+    fn add(&mut self, first: u64, end: u64) {
+        if end - first == 1 {
+            self.single.insert(first);
+            return;
+        }
+        let (mut first, mut end) = (first, end);
+        while let Some((&start, &stop)) = self.runs.range(..=end).next_back() {
+            if stop < first {
+                break;
+            }
+            self.runs.remove(&start);
+            (first, end) = (first.min(start), end.max(stop));
+        }
+        self.runs.insert(first, end);
+    }
+
+    fn remove(&mut self, first: u64, end: u64) {
+        if !self.single.is_empty() {
+            for cluster in first..end {
+                self.single.remove(&cluster);
+            }
+        }
+        while let Some((&start, &stop)) = self.runs.range(..end).next_back() {
+            if stop <= first {
+                break;
+            }
+            self.runs.remove(&start);
+            if start < first {
+                self.runs.insert(start, first);
+            }
+            if end < stop {
+                self.runs.insert(end, stop);
+            }
+        }
+    }
+
+    /// The first cluster of these that is in the set.
+    #[inline]
+    fn first_in(&self, first: u64, end: u64) -> Option<u64> {
+        let single = (first..end).find(|cluster| self.single.contains(cluster));
+        let runs = self.runs.range(..end).rev();
+        let run = runs.take_while(|&(_, &stop)| stop > first).last();
+        match (single, run.map(|(&start, _)| start.max(first))) {
+            (Some(single), Some(run)) => Some(single.min(run)),
+            (single, run) => single.or(run),
+        }
+    }
 }
 
 impl Metadata {
@@ -94,7 +154,7 @@ impl Metadata {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let last = (offset.0 + len.max(1) - 1) >> self.cluster_bits;
-        clusters.extend(offset.cluster(self.cluster_bits)..=last);
+        clusters.add(offset.cluster(self.cluster_bits), last + 1);
     }
 
     /// The L2 table at `offset` is other metadata as well, or two L2 tables.
@@ -119,10 +179,10 @@ impl Metadata {
 
     /// Forgets all of them, but not what was found wrong.
     pub(crate) fn clear(&self) {
-        self.clusters
+        *self
+            .clusters
             .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+            .unwrap_or_else(PoisonError::into_inner) = Clusters::default();
     }
 
     /// The cluster holds metadata no more.
@@ -132,15 +192,10 @@ impl Metadata {
 
     /// These clusters hold metadata no more.
     pub(crate) fn remove_range(&self, first: u64, count: u64) {
-        let mut clusters = self
-            .clusters
+        self.clusters
             .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        if !clusters.is_empty() {
-            for cluster in first..first + count {
-                clusters.remove(&cluster);
-            }
-        }
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(first, first + count);
     }
 
     /// The first metadata cluster that `len` bytes from `offset` touch.
@@ -151,7 +206,7 @@ impl Metadata {
         }
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
         let last = (offset.0 + len.max(1) - 1) >> self.cluster_bits;
-        (offset.cluster(self.cluster_bits)..=last).find(|cluster| clusters.contains(cluster))
+        clusters.first_in(offset.cluster(self.cluster_bits), last + 1)
     }
 }
 
@@ -191,4 +246,35 @@ mod tests {
     }
 
     use OverlapCheck::{Cached, None};
+
+    proptest::proptest! {
+        #[test]
+        fn as_a_set_of_clusters(
+            steps in proptest::collection::vec((0..3, 0_u64..60, 1_u64..9), 1..40),
+        ) {
+            let mut clusters = Clusters::default();
+            let mut model = std::collections::BTreeSet::new();
+            for (step, first, count) in steps {
+                let range = first..first + count;
+                match step {
+                    0 => clusters.remove(range.start, range.end),
+                    _ => clusters.add(range.start, range.end),
+                }
+                for cluster in range {
+                    if step == 0 {
+                        model.remove(&cluster);
+                    } else {
+                        model.insert(cluster);
+                    }
+                }
+                for first in 0..70 {
+                    for count in [1, 2, 30] {
+                        let found = clusters.first_in(first, first + count);
+                        let expected = model.range(first..first + count).next();
+                        proptest::prop_assert_eq!(found.as_ref(), expected);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! Opening an image, and making its header ready for the first change.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +8,7 @@ use super::barrier::Barrier;
 use super::compressed::Inflated;
 use super::grace::Grace;
 use super::marks::refuse_corrupt;
-use super::meta::{L1Table, SliceCache};
+use super::meta::{L1Table, SliceCache, read_pieces};
 use super::metadata::{Metadata, OverlapCheck};
 use super::refcount::Refcounts;
 use super::snapshot;
@@ -125,29 +124,16 @@ impl Image {
                 .await
                 .map_err(|e| e.path(storage.path()))?,
         };
-        let mut l1 = Buf::take(disk.l1_bytes as usize);
-        storage
-            .read(disk.l1_offset.0, &mut l1)
-            .await
-            .map_err(|e| e.context("cannot read the L1 table"))?;
-        let l1 = L1Table::decode(disk.l1_offset, &l1);
-        let mut table = Vec::new();
-        if storage.writable() {
-            let mut bytes = Buf::take(header.reftable_bytes() as usize);
-            storage
-                .read(header.refcount_table_offset.0, &mut bytes)
-                .await
-                .map_err(|e| e.context("cannot read the refcount table"))?;
-            table = bytes
-                .chunks_exact(8)
-                .map(|raw| u64::from_be_bytes(raw.try_into().expect("8 bytes")))
-                .collect();
-        }
-        let refcounts = Refcounts {
-            geometry,
-            table,
-            table_offset: header.refcount_table_offset,
-            table_dirty: BTreeSet::new(),
+        let l1 = L1Table::new(disk.l1_offset, (disk.l1_bytes / 8) as usize);
+        read_pieces(&storage, disk.l1_offset, disk.l1_bytes, |at, bytes| {
+            l1.load((at / 8) as usize, bytes);
+        })
+        .await
+        .map_err(|e| e.context("cannot read the L1 table"))?;
+        let refcounts = if storage.writable() {
+            Refcounts::read(&storage, &header).await?
+        } else {
+            Refcounts::unread(&header)
         };
         // Twice what maps the whole disk is enough: with half of the cache
         // dirty, writers are made to wait for a write-back.

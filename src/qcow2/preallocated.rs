@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use super::Image;
+use super::meta::read_words;
 use super::spec::ReftableEntry;
 use super::spec::refcount;
 use crate::error::Result;
@@ -23,11 +24,8 @@ impl Image {
         let clusters = geometry.clusters_for(storage.len().next_multiple_of(512));
         let per_block = geometry.refcounts_per_block();
 
-        let mut table = Buf::take(header.reftable_bytes() as usize);
-        storage
-            .read(header.refcount_table_offset.0, &mut table)
-            .await?;
-        let (entries, _) = table.as_chunks::<8>();
+        let (offset, len) = (header.refcount_table_offset, header.reftable_bytes());
+        let entries = read_words(storage, offset, len).await?;
         let mut block = Buf::take(geometry.cluster_size() as usize);
         // A damaged table may name one block many times.
         let mut known: HashMap<u64, u64> = HashMap::new();
@@ -37,7 +35,6 @@ impl Image {
             if first >= clusters || used >= enough {
                 break;
             }
-            let entry = u64::from_be_bytes(*entry);
             let Ok(ReftableEntry::Block(offset)) = ReftableEntry::decode(entry, &geometry) else {
                 continue;
             };

@@ -1,12 +1,14 @@
 //! Refcounts: the table and its blocks, read and changed through the cache.
 //! Knows nothing of what is being counted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use super::meta::{Slice, SliceCache};
+use super::meta::{Slice, SliceCache, read_words};
+use super::spec::Header;
 use super::spec::addr::HostOffset;
 use super::spec::geometry::Geometry;
+use super::spec::header::Incompatible;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
@@ -18,8 +20,11 @@ pub(crate) const TABLE_BLOCK: usize = 512;
 #[derive(Debug)]
 pub(crate) struct Refcounts {
     pub(crate) geometry: Geometry,
-    /// Raw table entries: offsets of refcount blocks, 0 for none.
+    /// Raw table entries, up to the last that is not 0: offsets of refcount
+    /// blocks, 0 for none.
     pub(crate) table: Vec<u64>,
+    /// Entries that the table has room for.
+    pub(crate) entries: u64,
     pub(crate) table_offset: HostOffset,
     /// Blocks of the table not yet in the file.
     pub(crate) table_dirty: BTreeSet<usize>,
@@ -33,6 +38,46 @@ struct Place {
 }
 
 impl Refcounts {
+    /// The refcounts of the image with this header, for writing.
+    pub(crate) async fn read(storage: &Storage, header: &Header) -> Result<Self> {
+        let (offset, len) = (header.refcount_table_offset, header.reftable_bytes());
+        let table = read_words(storage, offset, len)
+            .await
+            .map_err(|e| e.context("cannot read the refcount table"))?;
+        // One block for all entries would have to be searched as often.
+        let mut seen = HashSet::new();
+        let shared = |&(_, block): &(u64, &u64)| *block != 0 && !seen.insert(*block);
+        if let Some((index, block)) = (0..).zip(&table).find(shared)
+            && !header.incompatible.contains(Incompatible::DIRTY)
+        {
+            let what = format!("the refcount table names the block at {block:#x} twice");
+            return Err(Error::corrupt(what, offset.0 + index * 8)
+                .path(storage.path())
+                .cure("run `qcow2-ublk check -r all`"));
+        }
+        Ok(Self {
+            table,
+            ..Self::unread(header)
+        })
+    }
+
+    /// The same for an image that is only read: nothing is known.
+    pub(crate) fn unread(header: &Header) -> Self {
+        Self {
+            geometry: header.geometry(),
+            table: Vec::new(),
+            entries: header.reftable_bytes() / 8,
+            table_offset: header.refcount_table_offset,
+            table_dirty: BTreeSet::new(),
+        }
+    }
+
+    /// Raw entry number `index` of the table.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
+        let entry = usize::try_from(index).ok().and_then(|i| self.table.get(i));
+        entry.copied().unwrap_or(0)
+    }
+
     /// Number of clusters one refcount block counts.
     pub(crate) fn per_block(&self) -> u64 {
         self.geometry.refcounts_per_block()
@@ -49,10 +94,7 @@ impl Refcounts {
     /// The block that counts `cluster`, if there is one.
     pub(crate) fn block_of(&self, cluster: u64) -> Result<Option<HostOffset>> {
         let index = cluster / self.per_block();
-        let raw = usize::try_from(index)
-            .ok()
-            .and_then(|index| self.table.get(index).copied())
-            .unwrap_or(0);
+        let raw = self.entry(index);
         if raw == 0 {
             return Ok(None);
         }
@@ -107,11 +149,12 @@ impl Refcounts {
     }
 
     /// The refcounts of the same image with another table, which is in the
-    /// file at `offset`.
-    pub(crate) fn moved(&self, offset: HostOffset, table: Vec<u64>) -> Self {
+    /// file at `offset` and has room for as many `entries`.
+    pub(crate) fn moved(&self, offset: HostOffset, entries: u64, table: Vec<u64>) -> Self {
         Self {
             geometry: self.geometry,
             table,
+            entries,
             table_offset: offset,
             table_dirty: BTreeSet::new(),
         }
@@ -171,8 +214,13 @@ impl Refcounts {
 
     /// Sets a table entry, to be written with the next write-back.
     pub(crate) fn set_block(&mut self, index: u64, offset: HostOffset) {
-        self.table[index as usize] = offset.0;
-        self.table_dirty.insert(index as usize / TABLE_BLOCK);
+        let index = index as usize;
+        debug_assert!((index as u64) < self.entries);
+        if index >= self.table.len() {
+            self.table.resize(index + 1, 0);
+        }
+        self.table[index] = offset.0;
+        self.table_dirty.insert(index / TABLE_BLOCK);
     }
 }
 
@@ -206,6 +254,7 @@ mod tests {
             let refcounts = Refcounts {
                 geometry,
                 table: vec![4096],
+                entries: 512,
                 table_offset: HostOffset(0),
                 table_dirty: BTreeSet::new(),
             };

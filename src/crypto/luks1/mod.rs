@@ -69,6 +69,11 @@ impl Header {
         Ok(self.is_key(&key).then(|| VolumeKey::new(&key)))
     }
 
+    /// Iterations that trying a slot takes.
+    pub(super) fn cost(&self, slot: usize) -> u64 {
+        u64::from(self.slots[slot].iterations) + u64::from(self.digest_iterations)
+    }
+
     /// The cipher of a slot's key material.
     fn slot_cipher(&self, slot: &Slot, passphrase: &[u8]) -> Result<SectorCipher> {
         let mut key = Zeroizing::new(vec![0; self.key_len]);

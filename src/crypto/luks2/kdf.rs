@@ -44,6 +44,14 @@ pub(super) fn derive(
     Ok(key)
 }
 
+/// What a derivation costs, as [`Limits`] count it.
+pub(super) fn cost(kdf: &Kdf) -> u64 {
+    match kdf {
+        Kdf::Pbkdf2 { iterations, .. } => (*iterations).into(),
+        Kdf::Argon2i(cost) | Kdf::Argon2id(cost) => u64::from(cost.time) * u64::from(cost.memory),
+    }
+}
+
 fn argon2(
     algorithm: Algorithm,
     cost: &Argon2,

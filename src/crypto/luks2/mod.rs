@@ -252,6 +252,15 @@ impl Header {
             .then(|| VolumeKey::new(&key)))
     }
 
+    /// Iterations that trying a slot takes.
+    pub(super) fn cost(&self, slot: usize) -> u64 {
+        let name = slot.to_string();
+        let digest = self.json.digests.values();
+        let digest = digest.filter(|digest| digest.keyslots.contains(&name));
+        let digest = digest.map(|digest| u64::from(digest.iterations)).max();
+        kdf::cost(&self.slot(slot).kdf).saturating_add(digest.unwrap_or(0))
+    }
+
     /// True when the slot's key is the disk's.
     fn is_key(&self, slot: usize, key: &[u8], limits: &Limits) -> Result<bool> {
         let (segment, _) = self.segment()?;

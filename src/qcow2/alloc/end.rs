@@ -17,7 +17,10 @@ impl Image {
         let per_block = alloc.refcounts.per_block();
         let mut end = 0;
         'blocks: for index in (0..alloc.refcounts.table.len() as u64).rev() {
-            if alloc.refcounts.table[index as usize] == 0 {
+            let block = alloc.refcounts.entry(index);
+            let extent = self.storage.extent_at(block);
+            let hole = !extent.data && extent.end - block >= self.geometry.cluster_size();
+            if block == 0 || hole {
                 continue;
             }
             let mut last = (index + 1) * per_block;
@@ -33,6 +36,15 @@ impl Image {
                     break 'blocks;
                 }
             }
+        }
+        if end > self.most_clusters() {
+            let what = "the refcounts count clusters where no file reaches";
+            return Err(Error::corrupt(
+                what,
+                alloc.refcounts.table_offset.0 + (end - 1) / per_block * 8,
+            )
+            .path(self.storage.path())
+            .cure("close the image and run `qcow2-ublk check -r all`"));
         }
         alloc.end = Some(end);
         alloc.scan_end = end;
@@ -71,15 +83,27 @@ impl Image {
     /// image, in that very cluster: it counts itself.
     async fn new_refcount_block(&self, alloc: &mut Allocator, cluster: u64) -> Result<()> {
         let index = cluster / alloc.refcounts.per_block();
-        if index >= alloc.refcounts.table.len() as u64 {
+        if index >= alloc.refcounts.entries {
             return self.grow_refcount_table(alloc, index + 1).await;
         }
         self.count_at_end(alloc, cluster, 0).await?;
         Ok(())
     }
 
+    /// Clusters at offsets that an entry can hold.
+    fn most_clusters(&self) -> u64 {
+        1 << (56 - self.geometry.cluster_bits)
+    }
+
     /// Makes sure that the file reaches to `clusters`.
     async fn grow_file(&self, alloc: &mut Allocator, clusters: u64) -> Result<()> {
+        if clusters > self.most_clusters() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "the image cannot grow beyond 2^56 bytes",
+            )
+            .path(self.storage.path()));
+        }
         let len = clusters << self.geometry.cluster_bits;
         let old = self.storage.len();
         if len > old {
@@ -137,16 +161,13 @@ impl Image {
         self.grow_file(alloc, end).await?;
         // Whatever fails from here on, these clusters are not tried again.
         alloc.end = Some(end);
-        let indices = start / per_block..=(end - 1) / per_block;
-        let saved = alloc.refcounts.table.clone();
+        let new: Vec<u64> = (start / per_block..=(end - 1) / per_block)
+            .filter(|&index| alloc.refcounts.entry(index) == 0)
+            .collect();
         let counted = async {
-            let mut block = start + count;
-            for index in indices.clone() {
-                if alloc.refcounts.table[index as usize] == 0 {
-                    let offset = HostOffset(block << cluster_bits);
-                    self.new_block(alloc, index, offset).await?;
-                    block += 1;
-                }
+            for (block, &index) in (start + count..).zip(&new) {
+                let offset = HostOffset(block << cluster_bits);
+                self.new_block(alloc, index, offset).await?;
             }
             for cluster in start..end {
                 alloc
@@ -159,10 +180,8 @@ impl Image {
         .await;
         if counted.is_err() {
             // A block that does not count itself must not get into the table.
-            for index in indices {
-                if saved[index as usize] == 0 {
-                    alloc.refcounts.set_block(index, HostOffset(0));
-                }
+            for index in new {
+                alloc.refcounts.set_block(index, HostOffset(0));
             }
         }
         counted
@@ -185,7 +204,7 @@ impl Image {
             let start = self.find_end(alloc).await?;
             let end = start + count + self.missing_blocks(alloc, start, count)?;
             let needed = end.div_ceil(alloc.refcounts.per_block());
-            if needed <= alloc.refcounts.table.len() as u64 {
+            if needed <= alloc.refcounts.entries {
                 self.count_at_end(alloc, start, count).await?;
                 return Ok(start);
             }
@@ -201,7 +220,7 @@ impl Image {
     async fn grow_refcount_table(&self, alloc: &mut Allocator, needed: u64) -> Result<()> {
         let cluster_bits = self.geometry.cluster_bits;
         let per_cluster = self.geometry.cluster_size() / 8;
-        let old_entries = alloc.refcounts.table.len() as u64;
+        let old_entries = alloc.refcounts.entries;
         let old_offset = alloc.refcounts.table_offset;
         let start = self.find_end(alloc).await?;
 
@@ -232,6 +251,7 @@ impl Image {
             // The header still names the old table, or (if only its sync
             // failed) the storage is latched. What was made leaks.
             alloc.refcounts.table = saved;
+            alloc.refcounts.entries = old_entries;
             alloc.refcounts.table_dirty = saved_dirty;
             return Err(error);
         }
@@ -257,10 +277,10 @@ impl Image {
         clusters: u64,
     ) -> Result<()> {
         let entries = clusters * (self.geometry.cluster_size() / 8);
-        alloc.refcounts.table.resize(entries as usize, 0);
+        alloc.refcounts.entries = entries;
         let start = offset.cluster(self.geometry.cluster_bits);
         self.count_at_end(alloc, start, clusters).await?;
-        let mut bytes = Buf::take(alloc.refcounts.table.len() * 8);
+        let mut bytes = Buf::zeroed(entries as usize * 8);
         for (raw, entry) in bytes.chunks_exact_mut(8).zip(&alloc.refcounts.table) {
             raw.copy_from_slice(&entry.to_be_bytes());
         }

@@ -57,6 +57,9 @@ pub(super) async fn downgrade(storage: &Storage) -> Result<()> {
     Ok(())
 }
 
+/// Entries of the snapshots' L1 tables that are kept in memory: 128 MiB.
+const MOST_ENTRIES: u64 = 16 << 20;
+
 async fn build(storage: &Storage, header: Header) -> Result<crate::qcow2::shadow::Ready> {
     let size = header.virtual_size();
     let (mut snapshots, table_len) = snapshot::read_table(storage, &header).await?;
@@ -69,6 +72,15 @@ async fn build(storage: &Storage, header: Header) -> Result<crate::qcow2::shadow
             "Internal snapshots prevent downgrade of image",
         )
         .cure("delete those of another size, and those with much VM state"));
+    }
+    // All of them are in memory at once.
+    let entries: u64 = snapshots.iter().map(|s| u64::from(s.l1_size)).sum();
+    if entries > MOST_ENTRIES {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the snapshots' L1 tables have {entries} entries, which are too many at once"),
+        )
+        .cure("delete snapshots, or convert the image"));
     }
     let backed = header.backing_file.is_some();
     let mut sh = Shadow::begin(storage, header).await?;

@@ -3,7 +3,7 @@
 //! disks or files.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::qcow2::spec::bitmap::MAX_BITMAP_BYTES;
 
@@ -16,8 +16,62 @@ const PAGE_BITS: u64 = PAGE_WORDS as u64 * 64;
 /// Groups of the longest bitmap there is.
 const GROUPS: usize = (MAX_BITMAP_BYTES / (PAGE_BITS / 8)) as usize / GROUP_PAGES;
 
-type Page = Box<[AtomicU64]>;
 type Group = Box<[OnceLock<Page>]>;
+
+/// A part of the bits.
+#[derive(Default)]
+struct Page {
+    /// All bits are 1, whatever the words are: a file says so in 8 bytes.
+    ones: AtomicBool,
+    /// Without them, all bits are 0.
+    words: OnceLock<Box<[AtomicU64]>>,
+}
+
+impl Page {
+    fn words(&self) -> &[AtomicU64] {
+        self.words
+            .get_or_init(|| (0..PAGE_WORDS).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    #[inline]
+    fn word(&self, index: usize) -> u64 {
+        if self.ones.load(Ordering::Relaxed) {
+            return u64::MAX;
+        }
+        let words = self.words.get();
+        words.map_or(0, |words| words[index].load(Ordering::Relaxed))
+    }
+
+    /// Sets the bits of `mask`; true if one of them was not.
+    #[inline]
+    fn set(&self, index: usize, mask: u64) -> bool {
+        // Whoever uses the bits waits for the requests that set them, so that
+        // no order is needed here.
+        if self.word(index) & mask == mask {
+            return false;
+        }
+        self.words()[index].fetch_or(mask, Ordering::Relaxed);
+        true
+    }
+
+    /// Sets all bits; true if one of them was not.
+    fn set_all(&self) -> bool {
+        let any = (0..PAGE_WORDS).any(|index| self.word(index) != u64::MAX);
+        self.ones.store(true, Ordering::Relaxed);
+        any
+    }
+
+    /// Clears the bits that are not in the mask `kept` tells for each word.
+    fn clear(&self, kept: impl Fn(usize) -> u64) {
+        if self.words.get().is_none() && !self.ones.load(Ordering::Relaxed) {
+            return;
+        }
+        for (index, word) in self.words().iter().enumerate() {
+            word.store(self.word(index) & kept(index), Ordering::Relaxed);
+        }
+        self.ones.store(false, Ordering::Relaxed);
+    }
+}
 
 /// Bits that are all 0 at first. There is room for the longest bitmap; what
 /// is not set takes no memory.
@@ -49,8 +103,7 @@ impl Bits {
     fn make_page(&self, number: usize) -> &Page {
         let none = || (0..GROUP_PAGES).map(|_| OnceLock::new()).collect();
         let group: &Group = self.groups[number / GROUP_PAGES].get_or_init(none);
-        group[number % GROUP_PAGES]
-            .get_or_init(|| (0..PAGE_WORDS).map(|_| AtomicU64::new(0)).collect())
+        group[number % GROUP_PAGES].get_or_init(Page::default)
     }
 
     /// Pages that exist, with their first bit.
@@ -71,6 +124,11 @@ impl Bits {
         let mut any = false;
         let mut at = first;
         while at < end {
+            if at.is_multiple_of(PAGE_BITS) && end - at >= PAGE_BITS {
+                any |= self.make_page((at / PAGE_BITS) as usize).set_all();
+                at += PAGE_BITS;
+                continue;
+            }
             let word = at / 64;
             let stop = end.min((word + 1) * 64);
             let mask = (u64::MAX >> (64 - (stop - at))) << (at % 64);
@@ -79,12 +137,7 @@ impl Bits {
                 Some(page) => page,
                 None => self.make_page(page),
             };
-            // Whoever uses the bits waits for the requests that set them, so
-            // that no order is needed here.
-            if page[index].load(Ordering::Relaxed) & mask != mask {
-                page[index].fetch_or(mask, Ordering::Relaxed);
-                any = true;
-            }
+            any |= page.set(index, mask);
             at = stop;
         }
         any
@@ -96,13 +149,11 @@ impl Bits {
             if start + PAGE_BITS <= first {
                 continue;
             }
-            for (word, at) in page.iter().zip((start..).step_by(64)) {
-                if at >= first {
-                    word.store(0, Ordering::Relaxed);
-                } else if at + 64 > first {
-                    word.fetch_and((1 << (first - at)) - 1, Ordering::Relaxed);
-                }
-            }
+            page.clear(|index| match start + index as u64 * 64 {
+                at if at >= first => 0,
+                at if at + 64 > first => (1 << (first - at)) - 1,
+                _ => u64::MAX,
+            });
         }
     }
 
@@ -110,10 +161,14 @@ impl Bits {
     pub(super) fn add(&self, other: &Self) {
         for (start, page) in other.pages() {
             let number = (start / PAGE_BITS) as usize;
-            for (index, word) in page.iter().enumerate() {
-                let word = word.load(Ordering::Relaxed);
+            if page.ones.load(Ordering::Relaxed) {
+                self.make_page(number).set_all();
+                continue;
+            }
+            for index in 0..PAGE_WORDS {
+                let word = page.word(index);
                 if word != 0 {
-                    self.make_page(number)[index].fetch_or(word, Ordering::Relaxed);
+                    self.make_page(number).set(index, word);
                 }
             }
         }
@@ -133,8 +188,8 @@ impl Bits {
                 word &= (1 << (end - at)) - 1;
             }
             let number = (at / 64) as usize;
-            self.make_page(number / PAGE_WORDS)[number % PAGE_WORDS]
-                .fetch_or(word, Ordering::Relaxed);
+            self.make_page(number / PAGE_WORDS)
+                .set(number % PAGE_WORDS, word);
         }
     }
 
@@ -144,7 +199,7 @@ impl Bits {
         let mut any = 0;
         for (chunk, word) in bytes.chunks_mut(8).zip(first as usize / 64..) {
             let page = self.page(word / PAGE_WORDS);
-            let word = page.map_or(0, |page| page[word % PAGE_WORDS].load(Ordering::Relaxed));
+            let word = page.map_or(0, |page| page.word(word % PAGE_WORDS));
             any |= word;
             chunk.copy_from_slice(&word.to_le_bytes()[..chunk.len()]);
         }
@@ -153,10 +208,11 @@ impl Bits {
 
     /// Number of bits that are set.
     pub(super) fn count(&self) -> u64 {
-        let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
-        self.pages()
-            .map(|(_, page)| page.iter().map(ones).sum::<u64>())
-            .sum()
+        let ones = |(_, page): (u64, &Page)| -> u64 {
+            let words = (0..PAGE_WORDS).map(|index| page.word(index));
+            words.map(|word| u64::from(word.count_ones())).sum()
+        };
+        self.pages().map(ones).sum()
     }
 
     /// Calls `found` with each run of set bits, as long as can be, in order.
@@ -166,8 +222,8 @@ impl Bits {
     ) -> Result<(), E> {
         let mut run: Option<(u64, u64)> = None;
         for (start, page) in self.pages() {
-            for (word, at) in page.iter().zip((start..).step_by(64)) {
-                let mut word = word.load(Ordering::Relaxed);
+            for (index, at) in (0..PAGE_WORDS).zip((start..).step_by(64)) {
+                let mut word = page.word(index);
                 let mut base = 0;
                 while word != 0 {
                     let zeros = word.trailing_zeros();
@@ -225,6 +281,29 @@ mod tests {
         assert_eq!(bits.count(), 5);
         bits.clear_from(64);
         assert_eq!(runs(&bits), [(63, 64)]);
+    }
+
+    /// A bitmap of nothing but ones takes no memory for them, until one is
+    /// cleared.
+    #[test]
+    fn ones_take_no_memory() {
+        let all = MAX_BITMAP_BYTES * 8;
+        let bits = Bits::default();
+        assert!(bits.set(0, all));
+        assert!(!bits.set(0, all) && !bits.set(77, 78), "nothing new");
+        assert!(bits.pages().all(|(_, page)| page.words.get().is_none()));
+        assert_eq!(runs(&bits), [(0, all)]);
+        let copy = Bits::default();
+        copy.add(&bits);
+        assert!(copy.pages().all(|(_, page)| page.words.get().is_none()));
+        assert_eq!(copy.count(), all);
+        let mut bytes = [0; 16];
+        assert!(bits.copy_bytes(PAGE_BITS, &mut bytes));
+        assert_eq!(bytes, [0xff; 16]);
+        bits.clear_from(PAGE_BITS + 70);
+        assert_eq!(runs(&bits), [(0, PAGE_BITS + 70)]);
+        assert!(bits.set(PAGE_BITS + 70, 3 * PAGE_BITS));
+        assert_eq!(runs(&bits), [(0, 3 * PAGE_BITS)]);
     }
 
     proptest! {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Entry, MAX_MEMORY, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Image;
+use crate::qcow2::meta::read_words;
 use crate::qcow2::spec::addr::HostOffset;
 use crate::qcow2::spec::bitmap::{Bitmap, BitmapFlags, BitmapTableEntry, BitmapsExtension};
 use crate::runtime::Buf;
@@ -171,6 +172,7 @@ impl Image {
         let cluster_size = self.cluster_size();
         let end = self.size().div_ceil(1 << bitmap.granularity_bits);
         let mut cluster = Buf::take(cluster_size as usize);
+        let mut ones = 0..0;
         for (first, entry) in (0..)
             .step_by((cluster_size * 8) as usize)
             .zip(self.bitmap_table(bitmap).await?)
@@ -181,7 +183,11 @@ impl Image {
             match entry {
                 BitmapTableEntry::Zeros => {}
                 BitmapTableEntry::Ones => {
-                    live.bits.set(first, end.min(first + cluster_size * 8));
+                    if ones.end != first {
+                        live.bits.set(ones.start, ones.end);
+                        ones.start = first;
+                    }
+                    ones.end = end.min(first + cluster_size * 8);
                 }
                 BitmapTableEntry::Cluster(host) => {
                     if host.0 >= self.storage.len() {
@@ -193,18 +199,18 @@ impl Image {
                 }
             }
         }
+        live.bits.set(ones.start, ones.end);
         Ok(())
     }
 
-    /// A bitmap's table.
+    /// A bitmap's table, up to the last entry that is not all zeros.
     pub(super) async fn bitmap_table(&self, bitmap: &Bitmap) -> Result<Vec<BitmapTableEntry>> {
-        let mut bytes = Buf::take(bitmap.table_size as usize * 8);
         let start = bitmap.table_offset;
-        self.storage.read(start.0, &mut bytes).await?;
-        let entries = bytes.chunks_exact(8).zip((start.0..).step_by(8));
+        let len = u64::from(bitmap.table_size) * 8;
+        let words = read_words(&self.storage, start, len).await?;
+        let entries = words.into_iter().zip((start.0..).step_by(8));
         entries
             .map(|(raw, at)| {
-                let raw = u64::from_be_bytes(raw.try_into().expect("8 bytes"));
                 BitmapTableEntry::decode(raw, &self.geometry)
                     .map_err(|bad| bad.into_error("bitmap table", HostOffset(at)))
             })

@@ -20,7 +20,10 @@ impl Checker<'_> {
         }
         let (offset, len) = (extension.directory_offset.0, extension.directory_size);
         self.count(Part::BitmapDirectory, offset, len, 1);
-        let directory = match self.reader.read(offset, len).await? {
+        // What is behind the file's end ends the directory too early.
+        let end = self.file_len.next_multiple_of(self.geometry.cluster_size());
+        let in_file = len.min(end.saturating_sub(offset));
+        let directory = match self.reader.read(offset, in_file).await? {
             Some(bytes) => bytes.to_vec(),
             None => Vec::new(),
         };

@@ -100,6 +100,13 @@ impl Counts {
         Ok(())
     }
 
+    /// True when the counts would have taken too much memory; see
+    /// [`Self::within_memory`].
+    #[inline]
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.exhausted
+    }
+
     #[inline]
     fn chunk(&mut self, cluster: u64) -> Option<(&mut Chunk, usize)> {
         let slot = self.chunks.get_mut((cluster / CHUNK as u64) as usize)?;

@@ -13,6 +13,8 @@
 //!
 //! - A cluster that is used in two ways that exclude each other (the refcount
 //!   table and guest data, say) is a corruption even if its refcount agrees.
+//! - An active L1 table that begins just behind the end of the file, as in a
+//!   file that was cut off, is a corruption: such an image is not opened.
 //! - L2 tables at misaligned offsets are followed up to a number, not for
 //!   ever.
 //! - Encrypted images need no password, and images with an external data file
@@ -215,6 +217,9 @@ impl<'a> Checker<'a> {
         }
         let bits = self.geometry.cluster_bits;
         for cluster in offset >> bits..=(end - 1) >> bits {
+            if self.counts.is_exhausted() {
+                break; // and said when all is counted
+            }
             let refused = self.counts.add(cluster, times, part.usage());
             if refused > 0 {
                 self.seen.refcounts |= matches!(part, Part::RefcountTable | Part::RefcountBlock);

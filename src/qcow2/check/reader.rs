@@ -1,6 +1,8 @@
 //! Reading tables: in large pieces, and not at all where the file has holes.
 
 use crate::error::Result;
+use crate::qcow2::meta::read_words;
+use crate::qcow2::spec::addr::HostOffset;
 use crate::runtime::Buf;
 use crate::storage::{FileExtent, Storage};
 
@@ -43,6 +45,11 @@ impl<'a> Reader<'a> {
         let mut buf = Buf::take(len as usize);
         self.storage.read(offset, &mut buf).await?;
         Ok(Some(buf))
+    }
+
+    /// The words of a table, up to the last that is not 0.
+    pub(super) async fn words(&self, offset: HostOffset, len: u64) -> Result<Vec<u64>> {
+        read_words(self.storage, offset, len).await
     }
 
     /// True when `len` bytes from `offset` are in one hole.

@@ -1,7 +1,6 @@
 //! The refcounts as the image has them.
 
 use super::finding::Rule;
-use super::reader::words;
 use super::{Checker, Part, Problem, Severity};
 use crate::error::Result;
 use crate::qcow2::spec::refcount;
@@ -43,13 +42,11 @@ impl Checker<'_> {
     /// Reads the refcount table, and notes which clusters have a refcount of
     /// exactly 1.
     pub(super) async fn read_refcounts(&mut self) -> Result<()> {
-        let at = self.header.refcount_table_offset.0;
-        if let Some(bytes) = self.reader.read(at, self.header.reftable_bytes()).await? {
-            self.stored.table = words(&bytes).collect();
-        }
-        while self.stored.table.last() == Some(&0) {
-            self.stored.table.pop();
-        }
+        let (at, len) = (
+            self.header.refcount_table_offset,
+            self.header.reftable_bytes(),
+        );
+        self.stored.table = self.reader.words(at, len).await?;
         let order = self.geometry.refcount_order;
         let per_block = self.geometry.refcounts_per_block();
         // A file may be said to be far longer than what its table covers.
@@ -65,6 +62,7 @@ impl Checker<'_> {
                     self.counts.set_single(first + i);
                 }
             }
+            self.counts.within_memory()?;
         }
         self.counts.within_memory()
     }

@@ -67,6 +67,13 @@ impl Checker<'_> {
     /// Counts the active L1 table and what it points to.
     pub(super) async fn check_active_l1(&mut self) -> Result<()> {
         let (offset, len) = (self.header.l1_table_offset.0, self.header.l1_bytes());
+        if len > 0
+            && (self.file_len..self.file_len + self.geometry.cluster_size()).contains(&offset)
+        {
+            let part = Part::L1Table;
+            let problem = Problem::OutsideFile { part, offset, len };
+            self.found(Severity::Corruption, 1, problem);
+        }
         self.count(Part::L1Table, offset, len, 1);
         self.check_l1_piece(offset, offset + len, 1, true).await
     }

@@ -1,5 +1,5 @@
-//! The active L1 table: wholly in memory, readable without a lock, grown in
-//! place.
+//! The active L1 table: wholly in memory but for long runs of zeros, readable
+//! without a lock, grown in place.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use crate::qcow2::spec::addr::HostOffset;
 use crate::runtime::Buf;
 
-/// Entries per chunk; chunks are made when the table reaches them.
+/// Entries per chunk; chunks are made for entries that are not 0.
 const CHUNK: usize = 4096;
 /// 32 MiB of entries, the largest L1 table there is.
 const CHUNKS: usize = (32 << 20) / 8 / CHUNK;
@@ -35,34 +35,37 @@ impl std::fmt::Debug for L1Table {
 }
 
 impl L1Table {
-    /// A table at `offset` of the file with these big-endian entries.
-    pub(crate) fn decode(offset: HostOffset, bytes: &[u8]) -> Self {
-        let table = Self {
+    /// A table of `len` entries at `offset` of the file, all of them 0 yet.
+    pub(crate) fn new(offset: HostOffset, len: usize) -> Self {
+        assert!(len <= CHUNKS * CHUNK);
+        Self {
             chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(),
-            len: AtomicUsize::new(0),
+            len: AtomicUsize::new(len),
             place: Mutex::new(Place {
                 offset,
                 dirty: BTreeSet::new(),
             }),
-        };
-        table.extend_to(bytes.len() / 8);
-        for (index, entry) in bytes.chunks_exact(8).enumerate() {
-            let entry = u64::from_be_bytes(entry.try_into().expect("8 bytes"));
-            table.slot(index).store(entry, Ordering::Relaxed);
         }
-        table
     }
 
-    fn extend_to(&self, len: usize) {
-        for chunk in &self.chunks[..len.div_ceil(CHUNK)] {
-            chunk.get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
+    /// Takes the big-endian entries from number `first` on from the file.
+    pub(crate) fn load(&self, first: usize, bytes: &[u8]) {
+        for (index, raw) in (first..self.len()).zip(bytes.as_chunks::<8>().0) {
+            self.store(index, u64::from_be_bytes(*raw));
         }
-        self.len.store(len, Ordering::Release);
     }
 
-    fn slot(&self, index: usize) -> &AtomicU64 {
-        let chunk = self.chunks[index / CHUNK].get();
-        &chunk.expect("an index below len")[index % CHUNK]
+    fn chunk(&self, index: usize) -> Option<&[AtomicU64]> {
+        self.chunks[index / CHUNK].get().map(|chunk| &**chunk)
+    }
+
+    fn store(&self, index: usize, entry: u64) {
+        let chunk = &self.chunks[index / CHUNK];
+        if entry == 0 && chunk.get().is_none() {
+            return;
+        }
+        let zeros = || (0..CHUNK).map(|_| AtomicU64::new(0)).collect();
+        chunk.get_or_init(zeros)[index % CHUNK].store(entry, Ordering::Release);
     }
 
     /// Number of entries.
@@ -73,11 +76,28 @@ impl L1Table {
     /// The raw entry; 0 (unallocated) past the end.
     #[inline]
     pub(crate) fn get(&self, index: u64) -> u64 {
-        if index < self.len() as u64 {
-            self.slot(index as usize).load(Ordering::Acquire)
-        } else {
-            0
+        if index >= self.len() as u64 {
+            return 0;
         }
+        let chunk = self.chunk(index as usize);
+        chunk.map_or(0, |chunk| {
+            chunk[index as usize % CHUNK].load(Ordering::Acquire)
+        })
+    }
+
+    /// How many entries from `index` on are 0, of `most`. Past the end, all
+    /// are.
+    pub(crate) fn zeros(&self, index: u64, most: u64) -> u64 {
+        let mut count = 0;
+        while count < most && index + count < self.len() as u64 {
+            let at = (index + count) as usize;
+            match self.chunk(at) {
+                None => count += (CHUNK - at % CHUNK) as u64,
+                Some(chunk) if chunk[at % CHUNK].load(Ordering::Acquire) != 0 => return count,
+                Some(_) => count += 1,
+            }
+        }
+        most
     }
 
     /// Stores an entry below [`Self::len`], to be written with the next
@@ -85,7 +105,7 @@ impl L1Table {
     pub(crate) fn set(&self, index: u64, entry: u64) {
         let index = index as usize;
         assert!(index < self.len());
-        self.slot(index).store(entry, Ordering::Release);
+        self.store(index, entry);
         self.place().dirty.insert(index / BLOCK);
     }
 
@@ -122,7 +142,7 @@ impl L1Table {
     fn encode(&self, first: usize, end: usize) -> Buf {
         let mut bytes = Buf::take((end - first) * 8);
         for (entry, index) in bytes.chunks_exact_mut(8).zip(first..) {
-            entry.copy_from_slice(&self.slot(index).load(Ordering::SeqCst).to_be_bytes());
+            entry.copy_from_slice(&self.get(index as u64).to_be_bytes());
         }
         bytes
     }
@@ -144,16 +164,14 @@ impl L1Table {
     /// in the file at `offset`. Nobody looks entries up meanwhile.
     pub(crate) fn replace(&self, offset: HostOffset, entries: &[u64]) {
         let mut place = self.place();
-        self.extend_to(entries.len());
         for (index, &entry) in entries.iter().enumerate() {
-            self.slot(index).store(entry, Ordering::Release);
+            self.store(index, entry);
         }
         // Past a shorter table, nothing may show when it grows again.
-        let rest = self.chunks.iter().flat_map(|chunk| chunk.get());
-        let rest = rest.flat_map(|chunk| chunk.iter());
-        for slot in rest.skip(entries.len()) {
-            slot.store(0, Ordering::Release);
+        for index in entries.len()..self.len() {
+            self.store(index, 0);
         }
+        self.len.store(entries.len(), Ordering::Release);
         place.offset = offset;
         place.dirty.clear();
     }
@@ -161,7 +179,7 @@ impl L1Table {
     /// The table now is at `offset`, has `len` entries, and is in the file as
     /// it is in memory.
     pub(crate) fn moved(&self, offset: HostOffset, len: usize) {
-        self.extend_to(len);
+        self.len.store(len, Ordering::Release);
         let mut place = self.place();
         place.offset = offset;
         place.dirty.clear();

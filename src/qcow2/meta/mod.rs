@@ -35,7 +35,9 @@
 pub(crate) mod cache;
 pub(crate) mod l1;
 pub(crate) mod slice;
+mod table;
 
 pub(crate) use cache::SliceCache;
 pub(crate) use l1::L1Table;
 pub(crate) use slice::Slice;
+pub(crate) use table::{read_pieces, read_words};

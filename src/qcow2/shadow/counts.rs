@@ -34,8 +34,8 @@ pub(super) struct Counts {
     /// block says.
     named: HashSet<u64>,
     /// Clusters that are in use in the file and no more here: not to be used
-    /// before the change is durable.
-    freed: Vec<u64>,
+    /// before the change is durable; 64 of them in a word, by its number.
+    freed: BTreeMap<u64, u64>,
     /// No cluster below is free.
     cursor: u64,
 }
@@ -50,7 +50,7 @@ impl Counts {
             table_offset,
             blocks: BTreeMap::new(),
             seen: HashSet::new(),
-            freed: Vec::new(),
+            freed: BTreeMap::new(),
             // The first cluster is the header's.
             cursor: 1,
         }
@@ -77,6 +77,18 @@ impl Counts {
     /// Block number `index`; zeros where the file has none.
     async fn block(&mut self, storage: &Storage, index: u64) -> Result<&mut Block> {
         if !self.blocks.contains_key(&index) {
+            if index >= self.max_blocks() {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "to count cluster {:#x} in {} bits, the refcount table would have to be \
+                         longer than 8 MiB",
+                        u128::from(index) * u128::from(self.per_block()),
+                        self.geometry.refcount_bits()
+                    ),
+                )
+                .cure("convert the image to one with larger clusters"));
+            }
             let old = self.entry(index)?;
             let mut bytes = Buf::zeroed(self.geometry.cluster_size() as usize);
             if let Some(offset) = old {
@@ -131,11 +143,7 @@ impl Counts {
         }
         let count = self.change(storage, cluster, delta).await?;
         if count == 0 {
-            let word = (cluster / 64) as usize;
-            if word >= self.freed.len() {
-                self.freed.resize(word + 1, 0);
-            }
-            self.freed[word] |= 1 << (cluster % 64);
+            *self.freed.entry(cluster / 64).or_default() |= 1 << (cluster % 64);
         }
         Ok(count)
     }
@@ -203,7 +211,7 @@ impl Counts {
     }
 
     fn is_freed(&self, cluster: u64) -> bool {
-        let word = self.freed.get((cluster / 64) as usize).copied();
+        let word = self.freed.get(&(cluster / 64)).copied();
         word.unwrap_or(0) >> (cluster % 64) & 1 == 1
     }
 
@@ -284,7 +292,7 @@ impl Counts {
     /// The clusters that will be free, as runs: first and how many.
     pub(super) fn freed_runs(&self) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
-        for (word, bits) in (0u64..).zip(&self.freed) {
+        for (&word, bits) in &self.freed {
             let mut bits = *bits;
             while bits != 0 {
                 let cluster = word * 64 + u64::from(bits.trailing_zeros());

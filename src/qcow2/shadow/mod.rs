@@ -23,6 +23,7 @@ mod counts;
 mod tree;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::meta::read_words;
 use crate::qcow2::spec::header::{Autoclear, SIZE_AT};
 use crate::qcow2::spec::{Geometry, Header, HostOffset, ReftableEntry};
 use crate::runtime::Buf;
@@ -60,16 +61,11 @@ impl std::fmt::Debug for Shadow<'_> {
 impl<'a> Shadow<'a> {
     /// Begins with the state that `header` describes, which is the file's.
     pub(crate) async fn begin(storage: &'a Storage, header: Header) -> Result<Self> {
-        let mut bytes = Buf::take(header.reftable_bytes() as usize);
-        storage
-            .read(header.refcount_table_offset.0, &mut bytes)
+        let (offset, len) = (header.refcount_table_offset, header.reftable_bytes());
+        let table = read_words(storage, offset, len)
             .await
             .map_err(|e| e.context("cannot read the refcount table"))?;
-        let counts = Counts::new(
-            header.geometry(),
-            words(&bytes),
-            header.refcount_table_offset,
-        );
+        let counts = Counts::new(header.geometry(), table, offset);
         let mut shadow = Self {
             storage,
             header,
@@ -202,7 +198,7 @@ impl<'a> Shadow<'a> {
     /// that is, and how many clusters long.
     async fn place_refcounts(&mut self) -> Result<(HostOffset, u64)> {
         let per_cluster = self.geometry().reftable_entries_per_cluster();
-        let least = self.counts.table.len() as u64 / per_cluster;
+        let least = (self.counts.table.len() as u64).div_ceil(per_cluster);
         let mut table: Option<(HostOffset, u64)> = None;
         // Places are counted in blocks, which may change others, or be new.
         loop {

@@ -3,8 +3,9 @@
 
 use std::collections::HashSet;
 
-use super::{Shadow, words};
+use super::Shadow;
 use crate::error::{Error, Result};
+use crate::qcow2::meta::read_words;
 use crate::qcow2::spec::{HostOffset, L1Entry, L2Entry, RawL2Entry};
 use crate::runtime::Buf;
 
@@ -19,12 +20,20 @@ pub(crate) struct Tree {
 impl Tree {
     /// Reads the L1 table with `entries` entries at `offset`.
     pub(crate) async fn read(sh: &Shadow<'_>, offset: HostOffset, entries: u32) -> Result<Self> {
-        let mut bytes = Buf::take(entries as usize * 8);
-        sh.storage()
-            .read(offset.0, &mut bytes)
+        let len = u64::from(entries) * 8;
+        let file_len = sh.storage().len();
+        let file_end = file_len.next_multiple_of(sh.geometry().cluster_size());
+        if len > file_end.saturating_sub(offset.0) {
+            let what = format!(
+                "an L1 table of {entries} entries goes on behind the end of the file \
+                 ({file_len} bytes)"
+            );
+            return Err(damaged(Error::corrupt(what, offset.0), sh));
+        }
+        let mut l1 = read_words(sh.storage(), offset, len)
             .await
             .map_err(|e| e.context("cannot read an L1 table"))?;
-        let l1 = words(&bytes);
+        l1.resize(entries as usize, 0);
         Ok(Self { l1, offset })
     }
 

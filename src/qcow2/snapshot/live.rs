@@ -99,7 +99,11 @@ impl Image {
     async fn doubt_free_space(&self) {
         let mut alloc = self.alloc.lock().await;
         let refcounts = &alloc.refcounts;
-        let refcounts = refcounts.moved(refcounts.table_offset, refcounts.table.clone());
+        let refcounts = refcounts.moved(
+            refcounts.table_offset,
+            refcounts.entries,
+            refcounts.table.clone(),
+        );
         *alloc = Allocator::new(refcounts);
     }
 
@@ -114,9 +118,11 @@ impl Image {
     async fn take_over(&self, ready: &Ready, l1: &[u64]) {
         {
             let mut alloc = self.alloc.lock().await;
-            let refcounts = alloc
-                .refcounts
-                .moved(ready.header.refcount_table_offset, ready.reftable.clone());
+            let refcounts = alloc.refcounts.moved(
+                ready.header.refcount_table_offset,
+                ready.header.reftable_bytes() / 8,
+                ready.reftable.clone(),
+            );
             *alloc = Allocator::new(refcounts);
         }
         self.l1.replace(ready.header.l1_table_offset, l1);

@@ -119,6 +119,12 @@ pub(crate) async fn read(storage: &Storage, header: &Header) -> Result<(Vec<Snap
     for _ in 0..header.nb_snapshots {
         if (at - window_at) as usize + LONGEST > window.len() {
             window_at = at;
+            if start.0 + at >= storage.len() {
+                // There would be as many entries as the header says.
+                let what = "the snapshot table goes on behind the end of the file";
+                return Err(Error::corrupt(what, start.0 + at)
+                    .cure("The file was truncated: restore it from a copy"));
+            }
             window = vec![0; WINDOW];
             storage.read(start.0 + at, &mut window).await?;
         }
