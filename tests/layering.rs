@@ -22,7 +22,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "convert",
         &[
-            "disk", "engine", "chain", "qcow2", "codec", "storage", "runtime",
+            "disk", "engine", "chain", "qcow2", "codec", "crypto", "storage", "runtime",
         ],
     ),
     ("report", &["disk", "chain", "qcow2", "storage"]),

@@ -46,14 +46,26 @@ pub fn backing_path(name: &OsStr, inside: &Path) -> Result<PathBuf> {
 /// while somebody else has it open as an image, or when it is the new image's
 /// own backing file.
 pub async fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    create_at(path, data_path(path, options)?, options).await
+}
+
+/// Where the external data file of an image is that is made at `path`, if it
+/// is to have one.
+pub fn data_path(path: &Path, options: &CreateOptions) -> Result<Option<PathBuf>> {
+    let name = options.data_file.as_deref();
+    name.map(|name| resolve_data(name, path)).transpose()
+}
+
+/// As [`create`], with the data file at another place than the recorded one.
+pub async fn create_at(
+    path: &Path,
+    data_path: Option<PathBuf>,
+    options: &CreateOptions,
+) -> Result<()> {
     let image = options.build().map_err(|e| e.path(path))?;
     if let Some(backing) = &options.backing {
         refuse_same(&resolve(&backing.file, path)?, path, "backing file")?;
     }
-    let data_path = match &options.data_file {
-        None => None,
-        Some(name) => Some(resolve_data(name, path)?),
-    };
     if let Some(data_path) = &data_path {
         refuse_same(data_path, path, "data file")?;
         if let Some(backing) = &options.backing {
@@ -94,22 +106,22 @@ async fn make(
         storage.advise_no_cow();
     }
     write(&storage, image).await?;
-    if let Some(data) = data {
-        let mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
-        if options.preallocation == Preallocation::Falloc {
-            data.reserve_space(0, data.len()).await?;
-        }
-        return if mapped {
-            map_all(storage, data).await
-        } else {
-            Ok(())
-        };
-    }
-    if options.preallocation == Preallocation::Off {
+    // All of a raw data file is mapped, as QEMU does it: then others who write
+    // to that file change what the disk shows, everywhere.
+    let mode = match options.preallocation {
+        Preallocation::Off if options.data_file_raw => Preallocation::Metadata,
+        mode => mode,
+    };
+    if mode == Preallocation::Off {
         return Ok(());
     }
-    let image = Image::open(storage, &ImageOptions::default()).await?;
-    image.preallocate(options.preallocation).await?;
+    // No guest data is written, so that no key is needed.
+    let how = ImageOptions {
+        metadata_only: true,
+        ..ImageOptions::default()
+    };
+    let image = Image::open_with_data(storage, data, &how).await?;
+    image.preallocate(mode).await?;
     image.close().await
 }
 
@@ -130,14 +142,6 @@ async fn make_data_file(path: &Path, options: &CreateOptions) -> Result<Storage>
     }
     data.sync().await.map_err(named)?;
     Ok(data)
-}
-
-/// Maps all of a new disk to its raw data file, as QEMU does: then others who
-/// write to that file change what the disk shows, everywhere.
-async fn map_all(storage: Storage, data: Storage) -> Result<()> {
-    let image = Image::open_with_data(storage, Some(data), &ImageOptions::default()).await?;
-    image.map_data_file(0, 0, image.size()).await?;
-    image.close().await
 }
 
 /// A file that took the place of another one it needs would destroy it.

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::qcow2::{DataCipher, Image};
 use crate::storage::Storage;
 
-pub use create::{backing_path, backing_size, create};
+pub use create::{backing_path, backing_size, create, create_at, data_path};
 pub use map::MapEntry;
 pub(crate) use open::{MAX_LAYERS, open_below};
 pub use open::{Options, open};

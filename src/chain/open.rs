@@ -27,6 +27,9 @@ pub struct Options {
     pub backing_format: Option<String>,
     /// The image itself alone: what is unallocated reads as zeros.
     pub no_backing: bool,
+    /// The external data file of the top image, on the caller's word, in
+    /// place of the one that it names.
+    pub data_file: Option<PathBuf>,
     /// A snapshot of the top image in place of its active disk; not for
     /// writing.
     pub snapshot: Option<Selector>,
@@ -67,7 +70,7 @@ pub async fn open(path: &Path, options: &Options) -> Result<Chain> {
         snapshot: options.snapshot.clone(),
         ..options.image.clone()
     };
-    let top = open_image(open_top, options, &top).await?;
+    let top = open_image(open_top, options, &top, options.data_file.as_deref()).await?;
 
     let mut seen = vec![top.storage().identity()];
     let below = follow(&top.header(), path, options, &mut seen).await?;
@@ -126,11 +129,12 @@ async fn open_image(
     open: impl Fn(CacheMode) -> Result<Storage>,
     options: &Options,
     image: &ImageOptions,
+    data_file: Option<&Path>,
 ) -> Result<Image> {
     let open = async |cache| {
         let storage = open(cache)?;
         let header = read_header(&storage).await?;
-        let data = open_data(&header, &storage, cache, options)?;
+        let data = open_data(&header, &storage, cache, options, data_file)?;
         Image::open_with_data(storage, data, image).await
     };
     let image = open(options.cache).await?;
@@ -142,18 +146,28 @@ async fn open_image(
     open(CacheMode::Writeback).await
 }
 
-/// Opens the external data file of the image in `storage`, if it has one and
-/// the policy allows it.
+/// Opens the external data file of the image in `storage`, if it has one: the
+/// given one, or the one that it names, if the policy allows that.
 fn open_data(
     header: &Header,
     storage: &Storage,
     cache: CacheMode,
     options: &Options,
+    given: Option<&Path>,
 ) -> Result<Option<Storage>> {
     if !header.has_data_file() {
         return Ok(None);
     }
     let inside = storage.path();
+    let writable = storage.writable();
+    let how = OpenOptions {
+        writable,
+        cache,
+        locks: locks(options, writable),
+    };
+    if let Some(path) = given {
+        return Storage::open(path, &how).map(Some);
+    }
     let Some(name) = header.data_file() else {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -163,13 +177,7 @@ fn open_data(
         .cure("record its name with `qemu-img amend -o data_file=FILE`"));
     };
     let path = resolve_data(name, inside)?;
-    let writable = storage.writable();
     let fd = options.policy.open(&path, inside, writable)?;
-    let how = OpenOptions {
-        writable,
-        cache,
-        locks: locks(options, writable),
-    };
     let about = |e: Error| e.context(format_args!("the data file of {}", inside.display()));
     let data = Storage::from_fd(fd, &path, &how).map_err(about)?;
     if data.identity() == storage.identity() {
@@ -326,6 +334,6 @@ pub(super) async fn open_backing(
     if reference.raw {
         return Ok(Layer::Raw(open(options.cache)?));
     }
-    let image = open_image(open, options, &options.image).await?;
+    let image = open_image(open, options, &options.image, None).await?;
     Ok(Layer::Qcow2(Box::new(image)))
 }

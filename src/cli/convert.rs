@@ -9,11 +9,13 @@ use std::sync::atomic::AtomicBool;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::encrypt::Purpose;
 use super::image::PolicyArgs;
 use super::progress::Progress;
 use super::{create, done, size};
 use crate::chain;
 use crate::convert::{self, Format, Output, Source};
+use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Selector;
 use crate::qcow2::create::Preallocation;
@@ -54,7 +56,9 @@ pub(super) struct Args {
     compression_level: Option<i32>,
 
     /// Options of the output, with qemu-img's names: those of `create` for
-    /// qcow2, preallocation=off|falloc|full for raw
+    /// qcow2, preallocation=off|falloc|full for raw. The passphrase of an
+    /// encrypted output comes from where those of the inputs come from; its
+    /// own is given with --key-file OUTPUT=FILE
     #[arg(short, value_name = "NAME=VALUE,...")]
     options: Vec<String>,
 
@@ -70,6 +74,10 @@ pub(super) struct Args {
     /// A snapshot of the input in place of its active disk: ID or name
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     snapshot: Option<OsString>,
+
+    /// With encrypt.format=luks: LUKS version 2, which no QEMU opens
+    #[arg(long, conflicts_with = "no_create")]
+    luks2: bool,
 
     /// Show how far it is, on standard error
     #[arg(short, long)]
@@ -119,7 +127,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     refuse_snapshot_of_raw(args.snapshot.is_some(), &args.format)?;
     let source = Source::open(&args.input, format(&args.format), &from)?;
-    let output = output(args, source.size())?;
+    let (output, key) = output(args, source.size(), &chain)?;
     let cancel = Arc::new(AtomicBool::new(false));
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&cancel))
@@ -128,6 +136,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = convert::Options {
         path: args.output.clone(),
         output,
+        key,
         compress: args.compress.then_some(args.compression_level),
         sparse: args.sparse_size,
         target_is_zero: args.target_is_zero,
@@ -191,29 +200,46 @@ pub(super) fn format(name: &str) -> Format {
     }
 }
 
-fn output(args: &Args, size: u64) -> Result<Output> {
+/// What is to be written, and the passphrase of an image that is to be made.
+fn output(args: &Args, size: u64, chain: &chain::Options) -> Result<(Output, Option<Secret>)> {
     let format = format(&args.output_format);
     if args.no_create {
         return Ok(match format {
-            Format::Raw => Output::ExistingRaw,
-            Format::Qcow2 => Output::ExistingQcow2,
+            Format::Raw => (Output::ExistingRaw, None),
+            Format::Qcow2 => (Output::ExistingQcow2, None),
         });
     }
+    let passphrase = || {
+        let sources = args.policy.keys.sources()?;
+        // A descriptor can be read once, and may have been for the input.
+        let known = match &chain.image.keys {
+            Some(keys) if sources.has(&args.output) => keys.passphrase(&args.output)?,
+            _ => None,
+        };
+        known.map_or_else(|| sources.read_for_new(&args.output), Ok)
+    };
     match format {
         Format::Raw => {
             if args.backing.is_some() {
                 return Err(usage("Backing file not supported for file format 'raw'"));
             }
-            raw_options(&args.options).map(Output::Raw)
+            if args.luks2 {
+                return Err(usage("a raw file is not encrypted").cure("say -O qcow2"));
+            }
+            raw_options(&args.options).map(|space| (Output::Raw(space), None))
         }
-        Format::Qcow2 => create::image_options(
-            &args.output,
-            size,
-            &args.options,
-            args.backing.as_deref(),
-            args.backing_file_format.as_deref(),
-        )
-        .map(|image| Output::Qcow2(Box::new(image))),
+        Format::Qcow2 => {
+            let image = create::Output {
+                file: args.output.as_os_str(),
+                size,
+                options: &args.options,
+                backing: args.backing.as_deref(),
+                backing_format: args.backing_file_format.as_deref(),
+                luks2: args.luks2,
+            };
+            create::image_options(&image, &Purpose::Image(&passphrase))
+                .map(|(image, key)| (Output::Qcow2(Box::new(image)), key))
+        }
     }
     .map_err(|e| e.path(&args.output))
 }

@@ -1,14 +1,15 @@
 //! `create`: a new image.
 
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::encrypt::Encrypt;
+use super::encrypt::{Encrypt, Purpose};
 use super::image::KeyArgs;
 use super::{done, size};
 use crate::chain;
 use crate::codec::CompressionType;
+use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::create::{Backing, CreateOptions, Preallocation, parse_compat};
 use crate::runtime::Runtime;
@@ -63,7 +64,8 @@ pub(super) struct Args {
 
 /// Makes the image.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let plan = plan(args).map_err(|e| e.path(&args.file))?;
+    let passphrase = || args.keys.sources()?.read_for_new(&args.file);
+    let plan = plan(args, &Purpose::Image(&passphrase)).map_err(|e| e.path(&args.file))?;
     let runtime = Runtime::inline().map_err(|e| Error::io("make an executor", e))?;
     runtime.block_on(make(args, plan))?;
     done()
@@ -74,13 +76,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 struct Plan {
     size: Option<u64>,
     image: CreateOptions,
+    /// The passphrase, if it is encrypted.
+    key: Option<Secret>,
 }
 
 fn usage(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Usage, what)
 }
 
-fn plan(args: &Args) -> Result<Plan> {
+fn plan(args: &Args, purpose: &Purpose<'_>) -> Result<Plan> {
     let mut size = args.size;
     let mut backing = args.backing.clone();
     let mut format = args.backing_format.clone();
@@ -144,52 +148,57 @@ fn plan(args: &Args) -> Result<Plan> {
     if size.is_none() && (image.backing.is_none() || args.backing_unsafe) {
         return Err(usage("the size is missing").cure("give it behind the file: 10G"));
     }
-    image.luks = encrypt.header(args.luks2, &args.keys)?;
-    Ok(Plan { size, image })
+    let luks = encrypt.header(args.luks2, purpose)?;
+    let (luks, key) = luks.unzip();
+    image.luks = luks;
+    Ok(Plan { size, image, key })
 }
 
-/// What an image of `size` bytes is to be like that another command makes at
-/// `file`.
+/// An image that another command is to make.
+#[derive(Debug, Default)]
+pub(super) struct Output<'a> {
+    /// Where.
+    pub(super) file: &'a OsStr,
+    /// Of how many bytes.
+    pub(super) size: u64,
+    /// What `-o` says.
+    pub(super) options: &'a [String],
+    /// The file under it, and its format.
+    pub(super) backing: Option<&'a OsStr>,
+    pub(super) backing_format: Option<&'a str>,
+    /// See [`Args::luks2`].
+    pub(super) luks2: bool,
+}
+
+/// What such an image is to be like, and its passphrase if it is encrypted.
 pub(super) fn image_options(
-    file: &Path,
-    size: u64,
-    options: &[String],
-    backing: Option<&OsStr>,
-    backing_format: Option<&str>,
-) -> Result<CreateOptions> {
+    output: &Output<'_>,
+    purpose: &Purpose<'_>,
+) -> Result<(CreateOptions, Option<Secret>)> {
     let args = Args {
-        file: file.to_owned(),
-        size: Some(size),
-        backing: backing.map(OsStr::to_owned),
-        backing_format: backing_format.map(str::to_owned),
+        file: output.file.into(),
+        size: Some(output.size),
+        backing: output.backing.map(OsStr::to_owned),
+        backing_format: output.backing_format.map(str::to_owned),
         backing_unsafe: true,
-        options: options.to_vec(),
+        options: output.options.to_vec(),
         quiet: false,
         format: None,
-        luks2: false,
+        luks2: output.luks2,
         keys: KeyArgs::default(),
     };
-    if options
-        .iter()
-        .flat_map(|text| split(text))
-        .any(|(name, _)| name.starts_with("encrypt."))
-    {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "only `create` makes encrypted images",
-        )
-        .cure("use `qemu-img convert`, which does"));
-    }
-    if options
+    if output
+        .options
         .iter()
         .flat_map(|text| split(text))
         .any(|(name, _)| name == "size")
     {
         return Err(usage("the size is that of the input").cure("change it with `resize`"));
     }
-    let mut image = plan(&args)?.image;
-    image.size = size;
-    Ok(image)
+    let plan = plan(&args, purpose)?;
+    let mut image = plan.image;
+    image.size = output.size;
+    Ok((image, plan.key))
 }
 
 /// `NAME=VALUE,NAME=VALUE`; a comma in a value is doubled, and a name alone
@@ -251,7 +260,9 @@ fn refuse_unless_off(name: &str, value: &str) -> Result<()> {
 }
 
 async fn make(args: &Args, plan: Plan) -> Result<()> {
-    let Plan { size, mut image } = plan;
+    let Plan {
+        size, mut image, ..
+    } = plan;
     let learnt = match &image.backing {
         Some(backing) if !args.backing_unsafe => {
             let format = backing.format.as_deref().unwrap_or_default();

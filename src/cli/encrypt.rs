@@ -1,10 +1,9 @@
-//! The options `encrypt.*` of `create`, with qemu-img's names and values.
+//! The options `encrypt.*` of new images, with qemu-img's names and values.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::image::KeyArgs;
-use crate::crypto::{Algorithm, CipherSpec, Effort, Hash, IvGenerator, Mode, luks1, luks2};
+use crate::crypto::{Algorithm, CipherSpec, Effort, Hash, IvGenerator, Mode, Secret, luks1, luks2};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What was said about encryption.
@@ -50,6 +49,17 @@ fn cipher(name: &str, value: &str) -> Result<(Algorithm, usize)> {
             wrong(name, value)
                 .cure("There are aes, serpent and twofish with -128, -192 or -256, and cast5-128")
         })
+}
+
+/// Who says the passphrase of a new image, if it needs one.
+pub(super) type Passphrase<'a> = &'a dyn Fn() -> Result<Secret>;
+
+/// For what a LUKS header is made.
+pub(super) enum Purpose<'a> {
+    /// An image, with this passphrase.
+    Image(Passphrase<'a>),
+    /// To see how long it is.
+    Measure,
 }
 
 impl Encrypt {
@@ -101,8 +111,13 @@ impl Encrypt {
         Ok(true)
     }
 
-    /// The LUKS header of the new image, if it is to be encrypted.
-    pub(super) fn header(&self, version2: bool, keys: &KeyArgs) -> Result<Option<Arc<[u8]>>> {
+    /// The LUKS header of the new image, if it is to be encrypted, and the
+    /// passphrase that opens it.
+    pub(super) fn header(
+        &self,
+        version2: bool,
+        purpose: &Purpose<'_>,
+    ) -> Result<Option<(Arc<[u8]>, Secret)>> {
         if !self.luks {
             let said = self.cipher.is_some()
                 || self.mode.is_some()
@@ -125,7 +140,7 @@ impl Encrypt {
         // As QEMU: SHA-256 where the generator needs one.
         let ivgen_hash = self.ivgen_hash.or(Some(Hash::Sha256));
         let iv = IvGenerator::from_names(ivgen, ivgen_hash).expect("a known generator");
-        let format = luks1::Format {
+        let mut format = luks1::Format {
             spec: CipherSpec {
                 algorithm,
                 mode,
@@ -135,14 +150,18 @@ impl Encrypt {
             hash: self.hash.unwrap_or(usual.hash),
             effort: self.effort.unwrap_or(usual.effort),
         };
-        let passphrase = keys
-            .sources()?
-            .read_new("the passphrase of the new image")?;
+        let passphrase = match purpose {
+            Purpose::Image(passphrase) => passphrase()?,
+            Purpose::Measure => {
+                format.effort = Effort(Duration::ZERO);
+                Secret::random()?
+            }
+        };
         let region = if version2 {
             luks2::make(&format, passphrase.expose())?
         } else {
             format.make(passphrase.expose())?
         };
-        Ok(Some(region.into()))
+        Ok(Some((region.into(), passphrase)))
     }
 }

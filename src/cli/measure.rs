@@ -2,11 +2,12 @@
 //! measure`.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
+use super::encrypt::Purpose;
 use super::image::PolicyArgs;
 use super::{create, done, output, size};
 use crate::chain;
@@ -92,8 +93,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 fn measure(args: &Args) -> Result<Measure> {
     let format = super::convert::format(&args.output_format);
     let options = |size| match format {
-        // Where the new image would be makes no difference.
-        Format::Qcow2 => create::image_options(Path::new("."), size, &args.options, None, None),
+        Format::Qcow2 => {
+            // Where the new image would be makes no difference, nor does its
+            // passphrase.
+            let image = create::Output {
+                size,
+                options: &args.options,
+                ..create::Output::default()
+            };
+            create::image_options(&image, &Purpose::Measure).map(|(options, _)| options)
+        }
         Format::Raw if args.options.is_empty() => Ok(CreateOptions::new(size)),
         Format::Raw => Err(Error::new(
             ErrorKind::Usage,

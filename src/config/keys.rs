@@ -88,9 +88,30 @@ impl KeySources {
         }
     }
 
+    /// The passphrase of an image that is made at `path`: typed, it is typed
+    /// twice.
+    pub fn read_for_new(&self, path: &Path) -> Result<Secret> {
+        match self.layer(path) {
+            Some(file) => from_file(file),
+            None => self.read_new("the passphrase of the new image"),
+        }
+    }
+
+    /// True when there is something to read for the image at `path`, and
+    /// nobody need be asked.
+    pub fn has(&self, path: &Path) -> bool {
+        self.layer(path).is_some() || !self.is_silent()
+    }
+
+    /// The file for this image alone.
+    fn layer(&self, path: &Path) -> Option<&Path> {
+        let mut layers = self.layers.iter();
+        layers.find_map(|(image, file)| names(image, path).then_some(file.as_path()))
+    }
+
     /// A passphrase for something new: typed, it is typed twice.
     pub fn read_new(&self, what: &str) -> Result<Secret> {
-        let typed = self.file.is_none() && self.fd.is_none() && self.credential.is_none();
+        let typed = self.is_silent();
         let first = self.read(what)?.ok_or_else(|| {
             Error::new(ErrorKind::Usage, "there is no passphrase")
                 .cure("give one with --key-file FILE, --key-fd N or --key-credential NAME")
@@ -153,10 +174,8 @@ struct Keys {
 
 impl Keyring for Keys {
     fn passphrase(&self, path: &Path) -> Result<Option<Secret>> {
-        for (image, file) in &self.sources.layers {
-            if names(image, path) {
-                return from_file(file).map(Some);
-            }
+        if let Some(file) = self.sources.layer(path) {
+            return from_file(file).map(Some);
         }
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         if read.is_none() {

@@ -115,7 +115,10 @@ fn new_image(size: u64, stored: u64, options: &CreateOptions) -> Result<Measure>
     .build()?;
     let geometry = image.header.geometry();
     let size = size.next_multiple_of(geometry.cluster_size());
-    let full = full_len(size, &geometry);
+    // As for qemu-img, nothing counts the clusters of a LUKS header.
+    let luks = options.luks.as_ref().map_or(0, |luks| luks.len() as u64);
+    let luks = luks.next_multiple_of(geometry.cluster_size());
+    let full = full_len(size, &geometry) + luks;
     let stored = match options.preallocation {
         Preallocation::Falloc | Preallocation::Full => size,
         Preallocation::Off | Preallocation::Metadata => stored,

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use crate::chain;
+use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::create::{CreateOptions, Preallocation};
 
@@ -49,6 +50,8 @@ pub struct Options<'a> {
     pub path: PathBuf,
     /// What is there, or is to be made.
     pub output: Output,
+    /// The passphrase of a new output that is encrypted.
+    pub key: Option<Secret>,
     /// Write compressed clusters; at this level, or at one that makes them no
     /// larger than qemu-img does.
     pub compress: Option<Option<i32>>,
@@ -74,7 +77,9 @@ pub struct Options<'a> {
 /// A new output gets its name when it is whole and durable: whatever happens
 /// before leaves a file of that name as it was. What was made under another
 /// name is removed when the copy fails, and stays only when the process is
-/// killed or the power cut: it begins with a dot and ends in `.part`.
+/// killed or the power cut: it begins with a dot and ends in `.part`. The same
+/// holds for an external data file of the output, which gets its name just
+/// before the image does.
 pub fn convert(
     source: &Source,
     options: &Options<'_>,

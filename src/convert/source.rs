@@ -62,7 +62,21 @@ impl Source {
         }
     }
 
-    /// The files, top first.
+    /// True when this file is one of those that are read.
+    pub(super) fn uses(&self, identity: (u64, u64)) -> bool {
+        let data = match &self.disk {
+            Disk::Raw(_) => Vec::new(),
+            Disk::Image(engine) => engine.chain().layers().iter().collect(),
+        };
+        let data = data.into_iter().filter_map(|layer| match layer {
+            Layer::Qcow2(image) => image.data_file(),
+            Layer::Raw(_) => None,
+        });
+        let mut files = self.files().into_iter().chain(data);
+        files.any(|file| file.identity() == identity)
+    }
+
+    /// The layers' own files, top first.
     pub(super) fn files(&self) -> Vec<&Storage> {
         match &self.disk {
             Disk::Raw(layer) => vec![layer.storage()],

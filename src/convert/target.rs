@@ -5,10 +5,12 @@ use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{Format, Options, Output, Source};
 use crate::block::Payload;
 use crate::chain::{self, Layer};
+use crate::crypto::{Keyring, Limits, Secret};
 use crate::disk::blocking;
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,8 +38,9 @@ pub(super) enum Before {
 pub(super) struct Target {
     disk: Disk,
     pub(super) before: Before,
-    /// Removed when dropped, unless it gets its name.
-    part: Option<Part>,
+    /// What is removed when dropped, unless it gets its name; in the order in
+    /// which they get theirs.
+    parts: Vec<Part>,
 }
 
 #[derive(Debug)]
@@ -75,12 +78,12 @@ impl Target {
                 Ok(Self {
                     disk: Disk::Raw(storage),
                     before: Before::Zeros,
-                    part: Some(part),
+                    parts: vec![part],
                 })
             }
             Output::Qcow2(image) => Self::make_image(source, image, options),
             Output::ExistingRaw => {
-                refuse_input(source, &options.path, &identity(&options.path)?)?;
+                refuse_input(source, &options.path, identity(&options.path)?)?;
                 let storage = Storage::open(&options.path, &OpenOptions::read_write())?;
                 let target = Self::existing(Disk::Raw(storage), options);
                 target.check_existing(source, &options.path)?;
@@ -88,7 +91,7 @@ impl Target {
             }
             Output::ExistingQcow2 => {
                 // Before its locks stand in the way.
-                refuse_input(source, &options.path, &identity(&options.path)?)?;
+                refuse_input(source, &options.path, identity(&options.path)?)?;
                 let how = chain::Options {
                     writable: true,
                     force_share: false,
@@ -112,16 +115,22 @@ impl Target {
         Self {
             disk,
             before,
-            part: None,
+            parts: Vec::new(),
         }
     }
 
     fn check_existing(&self, source: &Source, path: &Path) -> Result<()> {
-        let file = match &self.disk {
-            Disk::Raw(storage) => storage,
-            Disk::Image(engine) => engine.chain().top().storage(),
+        let (file, data) = match &self.disk {
+            Disk::Raw(storage) => (storage, None),
+            Disk::Image(engine) => {
+                let image = engine.chain().top();
+                (image.storage(), image.data_file())
+            }
         };
-        refuse_input(source, path, &file.identity())?;
+        refuse_input(source, path, file.identity())?;
+        if let Some(data) = data {
+            refuse_input(source, data.path(), data.identity())?;
+        }
         let size = match &self.disk {
             Disk::Raw(storage) => storage.len(),
             Disk::Image(engine) => engine.size(),
@@ -160,17 +169,41 @@ impl Target {
             how.policy.allow_paths.push(folder.to_owned());
             before = before_over(source, &path, backing, &how)?;
         }
+        let mut parts = Vec::new();
+        let data = match chain::data_path(&part.path, &image)? {
+            None => None,
+            Some(path) if is_device(&path) => {
+                refuse_input(source, &path, identity(&path)?)?;
+                Some(path)
+            }
+            Some(path) => {
+                refuse_output_as_data(&path, &part.name)?;
+                let data = Part::new(&path, source)?;
+                let path = data.path.clone();
+                parts.push(data);
+                Some(path)
+            }
+        };
+        how.data_file.clone_from(&data);
+        if let Some(key) = &options.key {
+            how.image.keys = Some(Arc::new(NewKey {
+                path: part.path.clone(),
+                key: key.clone(),
+                others: how.image.keys,
+            }));
+        }
         let made = blocking(async {
-            chain::create(&part.path, &image).await?;
+            chain::create_at(&part.path, data, &image).await?;
             chain::open(&part.path, &how).await
         });
         let chain =
             made.map_err(|e| e.context(format!("cannot make {}", options.path.display())))?;
         let engine = Engine::new(chain, engine::Options::default());
+        parts.push(part);
         Ok(Self {
             disk: Disk::Image(Box::new(engine)),
             before,
-            part: Some(part),
+            parts,
         })
     }
 
@@ -206,7 +239,7 @@ impl Target {
 
     /// Makes everything durable, and lets a new file have its name.
     pub(super) fn finish(self) -> Result<()> {
-        let Self { disk, part, .. } = self;
+        let Self { disk, parts, .. } = self;
         blocking(async {
             match &disk {
                 Disk::Raw(storage) => storage.sync().await,
@@ -215,7 +248,7 @@ impl Target {
         })?;
         // Its locks go with it: under its name the file is free.
         drop(disk);
-        part.map_or(Ok(()), Part::name)
+        parts.into_iter().try_for_each(Part::name)
     }
 }
 
@@ -233,7 +266,7 @@ impl Part {
         let old = match fs::metadata(&name) {
             Ok(metadata) => {
                 check_replaceable(&metadata, path)?;
-                refuse_input(source, path, &(metadata.dev(), metadata.ino()))?;
+                refuse_input(source, path, (metadata.dev(), metadata.ino()))?;
                 // Nobody uses it now, nor until it is replaced.
                 Some(Storage::open(&name, &OpenOptions::read_write())?)
             }
@@ -313,12 +346,48 @@ fn identity(path: &Path) -> Result<(u64, u64)> {
     })
 }
 
-fn refuse_input(source: &Source, path: &Path, identity: &(u64, u64)) -> Result<()> {
-    if source
-        .files()
-        .iter()
-        .all(|file| file.identity() != *identity)
-    {
+/// The keys of the chain, and that of a new image which has not got its name.
+#[derive(Debug)]
+struct NewKey {
+    path: PathBuf,
+    key: Secret,
+    others: Option<Arc<dyn Keyring>>,
+}
+
+impl Keyring for NewKey {
+    fn passphrase(&self, path: &Path) -> Result<Option<Secret>> {
+        if path == self.path {
+            return Ok(Some(self.key.clone()));
+        }
+        self.others
+            .as_ref()
+            .map_or(Ok(None), |keys| keys.passphrase(path))
+    }
+
+    fn limits(&self) -> Limits {
+        // For the new image too: deriving its key was our own idea.
+        let others = self.others.as_ref();
+        others.map_or_else(Limits::default, |keys| keys.limits())
+    }
+}
+
+fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+fn refuse_output_as_data(data: &Path, name: &Path) -> Result<()> {
+    let same = match (identity(data), identity(name)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => data == name,
+    };
+    if !same {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Usage, "an image cannot be its own data file").path(name))
+}
+
+fn refuse_input(source: &Source, path: &Path, identity: (u64, u64)) -> Result<()> {
+    if !source.uses(identity) {
         return Ok(());
     }
     Err(Error::new(

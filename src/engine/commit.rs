@@ -90,6 +90,11 @@ impl Commit {
         let slot = 0;
         self.upper.prepare().await?;
         let dropped = self.top().drop_mappings(slot, GuestOffset(0)).await;
+        if let (Ok(()), Some(data)) = (&dropped, self.top().data_file()) {
+            // Nothing of it is mapped any more, durably. Failing to give space
+            // back loses nothing.
+            let _ = data.write_zeroes(0, data.len(), true).await;
+        }
         let closed = self.upper.close().await;
         dropped.and(closed)
     }

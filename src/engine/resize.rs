@@ -1,5 +1,7 @@
 //! Changing the size of the disk. What is on disk when: [`grow`](Engine::grow)
-//! below, and `qcow2::shrink`.
+//! below, and `qcow2::shrink`. An external data file is lengthened before the
+//! image has the new size and shortened after: a power cut leaves it longer
+//! than the disk, and growing clears what it finds there.
 
 use std::path::Path;
 
@@ -37,19 +39,20 @@ impl Engine {
                     .path(image.path()),
             );
         }
-        if space != Preallocation::Off {
-            self.refuse_data_file("growing with preallocation")?;
-        }
         let slot = 0;
         self.prepare().await?;
         image.grow_in_memory(size).await?;
         let stored = async {
-            self.grow_data_file(slot, old, size).await?;
+            self.grow_data_file(slot, old, size, space).await?;
             if !self.reads_zero(0, old, size - old).await? {
                 let _presence = image.enter(slot);
                 self.zero_range(slot, old, size - old, true).await?;
             }
-            if space != Preallocation::Off {
+            if image.data_file().is_some() {
+                if space != Preallocation::Off {
+                    image.preallocate_data_file(old, size, space).await?;
+                }
+            } else if space != Preallocation::Off {
                 self.preallocate(slot, old, size, space).await?;
             }
             // The zeros are durable before the size shows them.
@@ -66,14 +69,20 @@ impl Engine {
 
     /// Makes an external data file as long as the disk. A raw one is mapped
     /// there, as it is everywhere: others may write to it without us.
-    async fn grow_data_file(&self, slot: usize, old: u64, size: u64) -> Result<()> {
+    async fn grow_data_file(
+        &self,
+        slot: usize,
+        old: u64,
+        size: u64,
+        space: Preallocation,
+    ) -> Result<()> {
         let image = self.top();
         let Some(data) = image.data_file() else {
             return Ok(());
         };
         // It may be longer than the disk was, and what is there was not shown:
-        // in the last cluster, and in a raw file everywhere.
-        let shown = if image.has_raw_data_file() {
+        // in the last cluster, and in a raw or preallocated file everywhere.
+        let shown = if image.has_raw_data_file() || space != Preallocation::Off {
             size
         } else {
             old.next_multiple_of(image.cluster_size())
@@ -86,21 +95,9 @@ impl Engine {
             data.set_len(size).await?;
         }
         if image.has_raw_data_file() {
-            image.map_data_file(slot, old, size).await?;
+            image.map_data_file(slot, old, size, false).await?;
         }
         Ok(())
-    }
-
-    fn refuse_data_file(&self, what: &str) -> Result<()> {
-        if self.top().data_file().is_none() {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("{what} is not supported for an image with an external data file"),
-        )
-        .path(self.top().path())
-        .cure("use `qemu-img resize`"))
     }
 
     /// Makes the disk smaller: what is behind `size`, a multiple of 512, is
@@ -115,7 +112,6 @@ impl Engine {
                     .path(image.path()),
             );
         }
-        self.refuse_data_file("shrinking")?;
         let slot = 0;
         self.prepare().await?;
         let stored = image.store_smaller_size(size).await;
@@ -124,7 +120,11 @@ impl Engine {
         stored.and(bitmaps)?;
         let end = size.next_multiple_of(image.cluster_size());
         self.clear_tail(size, end).await?;
-        image.drop_mappings(slot, GuestOffset(end)).await
+        image.drop_mappings(slot, GuestOffset(end)).await?;
+        match image.data_file() {
+            Some(data) if !data.is_block_device() => data.set_len(size).await,
+            _ => Ok(()),
+        }
     }
 
     /// Zeros in the last cluster behind the disk's end, for those who enlarge
@@ -170,11 +170,11 @@ impl Engine {
             match space {
                 Preallocation::Off => {}
                 // Only encrypted zeros read as zeros.
-                _ if image.is_encrypted() => {
+                _ if image.is_encrypted() && !image.only_space() => {
                     self.zero_data(GuestOffset(at), host, count << bits, false)
                         .await?;
                 }
-                Preallocation::Metadata if reserved.run().zeroed => {}
+                Preallocation::Metadata if reserved.run().zeroed || image.only_space() => {}
                 Preallocation::Metadata | Preallocation::Falloc => {
                     let may_unmap = space == Preallocation::Metadata;
                     image
@@ -186,9 +186,12 @@ impl Engine {
                     write_zeros(image.storage(), host.0, count << bits).await?;
                 }
             }
-            image
-                .change(slot, GuestOffset(at), count, Change::Data(reserved))
-                .await?;
+            let change = if image.only_space() {
+                Change::Space(Some(reserved))
+            } else {
+                Change::Data(reserved)
+            };
+            image.change(slot, GuestOffset(at), count, change).await?;
             if image.is_crowded() {
                 image.flush().await?;
             }

@@ -133,29 +133,7 @@ impl CreateOptions {
     pub fn build(&self) -> Result<NewImage> {
         let geometry = self.geometry()?;
         self.check_version()?;
-        if self.backing.is_some() && self.preallocation != Preallocation::Off {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "Backing file and preallocation cannot be used at the same time: preallocated \
-                 clusters would hide the backing file",
-            )
-            .cure("leave one of them out"));
-        }
-        if self.luks.is_some() && self.preallocation != Preallocation::Off {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "Encryption and preallocation cannot be used at the same time: preallocated \
-                 clusters would show noise, which is what zeros decrypt to",
-            )
-            .cure("leave one of them out"));
-        }
-        if self.data_file.is_some() && self.preallocation == Preallocation::Full {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "preallocation=full is not supported with an external data file",
-            )
-            .cure("use preallocation=falloc"));
-        }
+        self.check_preallocation()?;
         let size = self.checked_size(&geometry)?;
         let mut extensions = self.extensions(&geometry)?;
 
@@ -266,6 +244,27 @@ impl CreateOptions {
         Err(usage(format!("{problem} compatibility level 1.1 and above")).cure("Use compat=1.1"))
     }
 
+    fn check_preallocation(&self) -> Result<()> {
+        if self.preallocation == Preallocation::Off || self.extended_l2 {
+            return Ok(());
+        }
+        if self.backing.is_some() {
+            return Err(usage(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            ));
+        }
+        if self.luks.is_some() && self.version < 3 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Encryption and preallocation cannot be used at the same time in version 2: the \
+                 space would show noise, which is what zeros decrypt to",
+            )
+            .cure("Use compat=1.1"));
+        }
+        Ok(())
+    }
+
     fn checked_size(&self, geometry: &Geometry) -> Result<u64> {
         if self.size > i64::MAX as u64 {
             return Err(usage(
@@ -317,6 +316,14 @@ impl CreateOptions {
             extensions.push(Extension::DataFile(name.clone()));
         }
         if self.data_file_raw {
+            if self.luks.is_some() {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "Encryption and data-file-raw cannot be used at the same time: a raw data \
+                     file is the disk as it is, and what is new in it would show as noise",
+                )
+                .cure("leave one of them out"));
+            }
             if self.data_file.is_none() {
                 return Err(usage("data-file-raw requires data-file"));
             }

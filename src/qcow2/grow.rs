@@ -37,8 +37,14 @@ impl Image {
     }
 
     /// Maps the part from `start` to `end` of the disk to the external data
-    /// file, whatever it was.
-    pub(crate) async fn map_data_file(&self, slot: usize, start: u64, end: u64) -> Result<()> {
+    /// file, whatever it was; as `space`, what is there is not shown.
+    pub(crate) async fn map_data_file(
+        &self,
+        slot: usize,
+        start: u64,
+        end: u64,
+        space: bool,
+    ) -> Result<()> {
         /// Clusters mapped between looks at how much is dirty.
         const STEP: u64 = 1 << 13;
         let bits = self.geometry.cluster_bits;
@@ -47,7 +53,12 @@ impl Image {
         while cluster < end {
             let count = STEP.min(end - cluster);
             let at = GuestOffset(cluster << bits);
-            self.change(slot, at, count, Change::DataFile).await?;
+            let change = if space {
+                Change::Space(None)
+            } else {
+                Change::DataFile
+            };
+            self.change(slot, at, count, change).await?;
             if self.is_crowded() {
                 self.flush().await?;
             }

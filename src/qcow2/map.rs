@@ -22,6 +22,10 @@ use crate::runtime::Buf;
 pub(crate) enum Change<'a> {
     /// Data in these reserved clusters, which are as many as the clusters.
     Data(Reserved<'a>),
+    /// Space in these reserved clusters, which are as many as the clusters, or
+    /// in the external data file. Each shows zeros, or the layer below where
+    /// it did before and entries have subclusters.
+    Space(Option<Reserved<'a>>),
     /// Data in the external data file, in its own place.
     DataFile,
     /// This compressed data, for one cluster.
@@ -152,6 +156,7 @@ impl Image {
         // What is mapped by now must not be given back, whatever failed.
         match change {
             Change::Data(reserved)
+            | Change::Space(Some(reserved))
             | Change::Parts {
                 reserved: Some(reserved),
                 ..
@@ -207,6 +212,17 @@ impl Image {
                 host: reserved.offset() + (nth << self.geometry.cluster_bits),
                 copied: true,
             },
+            (Change::Space(reserved), _) => {
+                let host = reserved.as_ref().map_or(in_data_file, |reserved| {
+                    reserved.offset() + (nth << self.geometry.cluster_bits)
+                });
+                if self.geometry.extended_l2 {
+                    let shown = old.subclusters();
+                    L2Entry::with_host(host, true, shown.with_zeros(shown.allocated()))
+                } else {
+                    L2Entry::ZeroAllocated { host, copied: true }
+                }
+            }
             (Change::DataFile, _) => L2Entry::Data {
                 host: in_data_file,
                 copied: true,

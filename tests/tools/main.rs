@@ -6,6 +6,7 @@ mod commit;
 #[path = "../common/mod.rs"]
 mod common;
 mod cuts;
+mod data_file_cuts;
 mod place;
 mod rebase;
 mod resize;
