@@ -6,6 +6,7 @@ mod common;
 use common::check::Checked;
 use common::lab::{self, How};
 use common::{qemu_img, qemu_io};
+use qcow2_ublk::codec::{self, CompressionType};
 use qcow2_ublk::engine::Engine;
 use qcow2_ublk::qcow2::check::{self, CheckReport, Repair};
 use qcow2_ublk::qcow2::{Barrier, OverlapCheck};
@@ -240,6 +241,131 @@ fn each_barrier_keeps_its_promise_and_no_more() {
     }
 }
 
+/// The same for zeros and discards, and over a backing file, where first
+/// writes copy what is below.
+#[test]
+fn barriers_hold_for_zeros_and_over_a_backing_file() {
+    for barrier in [Barrier::Batched, Barrier::Metadata, Barrier::Full] {
+        for over in [false, true] {
+            let below = vec![0xbb; if over { M as usize } else { 0 }];
+            let how = How {
+                barrier,
+                below: match over {
+                    true => lab::Below::Raw(sim::Image::from_bytes(&below)),
+                    false => lab::Below::Nothing,
+                },
+                ..How::default()
+            };
+            let mut image = lab::created("cluster_size=4k", M);
+            if over {
+                lab::with_file(&mut image, |path| {
+                    let path = path.to_str().unwrap();
+                    qemu_img(&["rebase", "-u", "-b", "below", "-F", "raw", path]);
+                });
+            }
+            let disk = SimDisk::with_image(image);
+            let mut model = below.clone();
+            model.resize(M as usize, 0);
+            let mut moments = Vec::new();
+            lab::block_on(async {
+                let engine = lab::open(&disk, &how).await.unwrap();
+                for n in 0..12_u64 {
+                    let (at, len) = ((n % 4) * 64 * K + 512, 9 * K);
+                    let before = syncs(&disk);
+                    let shown = &mut model[at as usize..(at + len) as usize];
+                    match n % 3 {
+                        0 => {
+                            write(&engine, at, len, n as u8 + 1).await;
+                            shown.fill(n as u8 + 1);
+                        }
+                        1 => {
+                            engine.write_zeroes(0, at, len, n % 2 == 0).await.unwrap();
+                            shown.fill(0);
+                        }
+                        _ => {
+                            // Whole clusters of it.
+                            engine.discard(0, at, len).await.unwrap();
+                            shown[4096 - 512..8192 - 512].fill(0);
+                        }
+                    }
+                    let synced = syncs(&disk) > before;
+                    match barrier {
+                        Barrier::Batched => assert!(!synced, "over {over}, change {n}"),
+                        // Those of the rest that change nothing need no sync.
+                        Barrier::Metadata if n >= 4 => {}
+                        _ if n % 3 == 0 => assert!(synced, "over {over}, change {n}"),
+                        _ => {}
+                    }
+                    if synced {
+                        moments.push((disk.recorded(), model.clone()));
+                    }
+                }
+                engine.flush().await.unwrap();
+                moments.push((disk.recorded(), model.clone()));
+            });
+            let mut kept = 0;
+            for crash in crash_images(&disk.history(), 37, 2) {
+                let found = checked(&crash.images[0]);
+                assert_eq!(found.corruptions, 0, "{barrier:?}, over {over}, {crash}");
+                for (_, model) in moments.iter().filter(|moment| moment.0 == crash.point) {
+                    let (content, _) = reopened(&crash.images[0], &how, M);
+                    assert!(content == *model, "{barrier:?}, over {over}, {crash}");
+                    kept += 1;
+                }
+            }
+            assert!(kept > 0);
+        }
+    }
+}
+
+/// The same for compressed writes, of parts and of ready streams.
+#[test]
+fn barriers_hold_for_compressed_writes() {
+    for barrier in [Barrier::Batched, Barrier::Metadata, Barrier::Full] {
+        let how = with(barrier);
+        let disk = SimDisk::with_image(lab::created("", 8 * M));
+        let mut moments: Vec<(usize, Vec<u8>)> = Vec::new();
+        let mut model = vec![0; M as usize];
+        lab::block_on(async {
+            let engine = lab::open(&disk, &how).await.unwrap();
+            for n in 0..8_u64 {
+                let (at, byte) = ((n % 4) * 64 * K, n as u8 + 1);
+                let before = syncs(&disk);
+                let cluster = vec![byte; 64 * K as usize];
+                if n % 2 == 0 {
+                    let (at, part) = (at + K, &cluster[..4096]);
+                    engine.write_compressed(0, at, part, None).await.unwrap();
+                    model[at as usize..][..4096].fill(byte);
+                } else {
+                    let mut stream = vec![0; cluster.len()];
+                    let kind = CompressionType::Deflate;
+                    let len = codec::compress(kind, 6, &cluster, &mut stream).unwrap();
+                    engine.write_stream(0, at, &stream[..len]).await.unwrap();
+                    model[at as usize..][..cluster.len()].fill(byte);
+                }
+                // Each gets a new place: its mapping changes.
+                let promised = barrier != Barrier::Batched;
+                assert_eq!(syncs(&disk) > before, promised, "{barrier:?}, write {n}");
+                if promised {
+                    moments.push((disk.recorded(), model.clone()));
+                }
+            }
+            engine.flush().await.unwrap();
+            moments.push((disk.recorded(), model.clone()));
+        });
+        let mut kept = 0;
+        for crash in crash_images(&disk.history(), 31, 3) {
+            assert_eq!(checked(&crash.images[0]).corruptions, 0, "{crash}");
+            for (_, model) in moments.iter().filter(|moment| moment.0 == crash.point) {
+                let (content, _) = reopened(&crash.images[0], &how, M);
+                assert!(content == *model, "{barrier:?}, {crash}");
+                kept += 1;
+            }
+        }
+        assert!(kept > 0);
+    }
+}
+
 /// Places of an image with a snapshot.
 struct Subject {
     image: sim::Image,
@@ -381,6 +507,22 @@ fn impossible_entries_close_the_image_to_writers() {
         });
         let opened = lab::block_on(lab::open(&disk, &How::default()));
         assert_eq!(opened.unwrap_err().kind(), ErrorKind::Corrupt);
+        // A compressed write that meets it does the same.
+        let mut image = subject.image.clone();
+        image.write(subject.l2 + 8, &entry.to_be_bytes());
+        let compressing = SimDisk::with_image(image);
+        lab::block_on(async {
+            let engine = lab::open(&compressing, &How::default()).await.unwrap();
+            let written = engine.write_compressed(0, 64 * K, &[1; 512], None).await;
+            assert_eq!(written.unwrap_err().kind(), ErrorKind::Corrupt);
+            assert_eq!(marks(&compressing.image()), 2, "{entry:#x}");
+            assert!(
+                engine
+                    .write_compressed(0, 0, &[1; 512], None)
+                    .await
+                    .is_err()
+            );
+        });
         let storage = Storage::simulated(&disk, 1);
         lab::block_on(check::repair(&storage, Repair::All, &mut |_| {})).unwrap();
         drop(storage);

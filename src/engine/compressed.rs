@@ -28,9 +28,22 @@ impl Engine {
         let image = self.top();
         self.check_range(offset, data.len() as u64)?;
         image.check_compressible()?;
-        let writing = self.begin_write(queue, offset, data.len() as u64).await?;
-        let slot = writing.slot;
-        let cluster_size = image.cluster_size();
+        let before = image.changes();
+        let result = {
+            let writing = self.begin_write(queue, offset, data.len() as u64).await?;
+            self.compress_all(writing.slot, offset, data, level).await
+        };
+        self.settle(before, result).await
+    }
+
+    async fn compress_all(
+        &self,
+        slot: usize,
+        offset: u64,
+        data: &[u8],
+        level: Option<i32>,
+    ) -> Result<()> {
+        let cluster_size = self.top().cluster_size();
         let mut cluster = Buf::take(cluster_size as usize);
         let mut stream = Buf::take(cluster_size as usize);
         let mut done = 0;
@@ -124,16 +137,19 @@ impl Engine {
         }
         image.check_compressible()?;
         let inside = cluster_size.min(self.size() - offset);
-        let writing = self.begin_write(queue, offset, inside).await?;
-        let slot = writing.slot;
-        let at = GuestOffset(offset);
-        let number = at.cluster(image.cluster_bits());
-        let _range = loop {
-            if let Some(range) = self.ranges.take_or_wait(number, number + 1).await {
-                break range;
-            }
+        let before = image.changes();
+        let result = {
+            let writing = self.begin_write(queue, offset, inside).await?;
+            let at = GuestOffset(offset);
+            let number = at.cluster(image.cluster_bits());
+            let _range = loop {
+                if let Some(range) = self.ranges.take_or_wait(number, number + 1).await {
+                    break range;
+                }
+            };
+            self.store_stream(writing.slot, at, stream).await
         };
-        self.store_stream(slot, at, stream).await
+        self.settle(before, result).await
     }
 
     /// The caller holds the cluster's range.
