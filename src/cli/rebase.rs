@@ -31,8 +31,8 @@ pub(super) struct Args {
     #[arg(short = 'u', long = "backing-unsafe")]
     unchecked: bool,
 
-    /// Refused: what is copied is not compressed
-    #[arg(short, long, hide = true)]
+    /// Compress what has to be copied
+    #[arg(short, long)]
     compress: bool,
 
     #[command(flatten)]
@@ -53,12 +53,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn plan(args: &Args) -> Result<Option<Backing>> {
     let usage = |what: String| Error::new(ErrorKind::Usage, what);
-    if args.compress {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "-c (compress what is copied) is not supported",
-        ));
-    }
     let Some(file) = &args.backing else {
         if args.unchecked {
             return Ok(None);
@@ -106,7 +100,7 @@ async fn rebase(args: &Args) -> Result<()> {
         let mut progress = args.telling.progress();
         progress.show(0, 1);
         let rebased = engine
-            .rebase(new, backing.as_ref(), &mut |done, total| {
+            .rebase(new, backing.as_ref(), args.compress, &mut |done, total| {
                 progress.show(done, total);
             })
             .await;

@@ -4,7 +4,7 @@
 //! # What is on disk at each moment
 //!
 //! What the new backing file would show differently, copied into the image as
-//! any writes `|` the header `|`. Under the old header the copies show what
+//! any writes (compressed ones too) `|` the header `|`. Under the old header the copies show what
 //! was there before, so a power cut changes nothing of what the image shows.
 
 use super::Engine;
@@ -60,15 +60,19 @@ impl Below {
 
 impl Engine {
     /// Puts the image over other layers, which are those that `backing` names;
-    /// what it shows stays. No request is under way, and the chain is to be
-    /// closed and opened anew.
+    /// what it shows stays. With `compress`, what has to be copied is. No
+    /// request is under way, and the chain is to be closed and opened anew.
     pub async fn rebase(
         &self,
         layers: Vec<Layer>,
         backing: Option<&Backing>,
+        compress: bool,
         progress: &mut Progress<'_>,
     ) -> Result<()> {
         let image = self.top();
+        if compress {
+            image.check_compressible()?;
+        }
         let new = Below::new(layers);
         let slot = 0;
         self.prepare().await?;
@@ -80,7 +84,7 @@ impl Engine {
             let mut len = extent.len;
             if extent.mapping == Mapping::Unallocated {
                 len = len.min(STEP - at % STEP);
-                len = self.keep(slot, at, len, &new, &mut bufs).await?;
+                len = self.keep(slot, at, len, &new, compress, &mut bufs).await?;
             }
             at += len;
             progress(at, size);
@@ -106,6 +110,7 @@ impl Engine {
         at: u64,
         mut len: u64,
         new: &Below,
+        compress: bool,
         bufs: &mut (Buf, Buf),
     ) -> Result<u64> {
         // Where both have it from the same place, nothing need be read.
@@ -147,14 +152,21 @@ impl Engine {
                 end = next.end as u64;
             }
             let bytes = &old[start as usize..end as usize];
-            self.put(slot, at + start, bytes, zero).await?;
+            self.put(slot, at + start, bytes, zero, compress).await?;
             start = end;
         }
         Ok(len)
     }
 
     /// Gives an unallocated range this content, whatever is shown there now.
-    async fn put(&self, slot: usize, at: u64, bytes: &[u8], zero: bool) -> Result<()> {
+    async fn put(
+        &self,
+        slot: usize,
+        at: u64,
+        bytes: &[u8],
+        zero: bool,
+        compress: bool,
+    ) -> Result<()> {
         let image = self.top();
         let cluster_size = image.cluster_size();
         let end = at + bytes.len() as u64;
@@ -165,6 +177,11 @@ impl Engine {
             return image
                 .change(slot, GuestOffset(at), count, Change::Zero)
                 .await;
+        }
+        // Zeros would not be stored where the layer below shows some already,
+        // which is not to be the layer below any more.
+        if compress && !zero {
+            return self.write_compressed(0, at, bytes, None).await;
         }
         self.write_range(slot, at, Payload::of_slice(bytes)).await
     }

@@ -140,7 +140,7 @@ fn name_backing(image: &mut sim::Image, name: &str) {
     });
 }
 
-fn rebase(options: &str, old: &[u8], new: Option<&[u8]>, names: [&str; 2]) {
+fn rebase(options: &str, old: &[u8], new: Option<&[u8]>, names: [&str; 2], compress: bool) {
     let mut top = overlay(options, false, false);
     name_backing(&mut top, names[0]);
     let shown = Checked::open(&top).unwrap().active_content(old);
@@ -161,7 +161,7 @@ fn rebase(options: &str, old: &[u8], new: Option<&[u8]>, names: [&str; 2]) {
         });
         let layers = layers.into_iter().collect();
         engine
-            .rebase(layers, backing.as_ref(), &mut |_, _| {})
+            .rebase(layers, backing.as_ref(), compress, &mut |_, _| {})
             .await
             .unwrap();
         engine.close().await.unwrap();
@@ -208,19 +208,21 @@ fn a_power_cut_during_rebase_leaves_the_old_backing_file_or_the_new_one() {
         "cluster_size=512",
     ] {
         let short = ["a/name/of/a/file", "b"];
-        rebase(options, &old, Some(&new), short);
+        rebase(options, &old, Some(&new), short, false);
+        rebase(options, &old, Some(&new), short, true);
         rebase(
             options,
             &new,
             Some(&old),
             ["c", "a/much/longer/name/for/the/other/file"],
+            false,
         );
-        rebase(options, &old, None, short);
+        rebase(options, &old, None, short, false);
         if !options.contains("512") {
             // More than a sector.
-            rebase(options, &old, Some(&new), [&long[0], &long[1]]);
-            rebase(options, &old, Some(&new), [&long[0], "b"]);
-            rebase(options, &old, None, [&long[0], ""]);
+            rebase(options, &old, Some(&new), [&long[0], &long[1]], false);
+            rebase(options, &old, Some(&new), [&long[0], "b"], false);
+            rebase(options, &old, None, [&long[0], ""], false);
         }
     }
 }

@@ -162,6 +162,48 @@ fn only_what_differs_is_copied() {
     }
 }
 
+/// With -c, what is copied is compressed, and takes no more space than with
+/// qemu-img.
+#[test]
+fn what_is_copied_is_compressed() {
+    for (options, old, new) in [
+        ("cluster_size=64k", "raw", "qcow2"),
+        ("cluster_size=4k,compression_type=zstd", "qcow2", "raw"),
+        ("cluster_size=16k,extended_l2=on", "raw", "raw"),
+    ] {
+        let [ours, theirs] = [(); 2].map(|()| {
+            let place = Place::new();
+            make_backing(&place, "old", old, 1 << 20, 5);
+            make_backing(&place, "new", new, 1_000_448, 6);
+            make_top(&place, options, Some(("old", old)), "1536k");
+            place
+        });
+        let shown = ours.content("qcow2", "top");
+        let rebase = ["rebase", "-c", "-b", "new", "-F", new, "top"];
+        ours.good(&rebase);
+        theirs.qemu_img(&rebase);
+        ours.check("top");
+        assert_same(&ours.content("qcow2", "top"), &shown, options);
+        assert_same(&ours.our_content("top"), &shown, options);
+        let map = ours.qemu_img(&["map", "--output=json", "top"]);
+        assert!(map.contains("\"compressed\": true"), "{options}: {map}");
+        let (len, limit) = (ours.len("top"), theirs.len("top") + (256 << 10));
+        assert!(len <= limit, "{options}: {len} bytes, theirs {limit}");
+    }
+    // What cannot be compressed is said before anything is done.
+    let place = Place::new();
+    make_backing(&place, "old", "raw", 1 << 20, 5);
+    let data = place.path("data");
+    let options = format!("data_file={}", data.display());
+    place.qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-o", &options, "-b", "old", "-F", "raw", "top",
+    ]);
+    let before = std::fs::read(place.path("top")).unwrap();
+    let said = place.bad(&["rebase", "-c", "-b", "", "top"]);
+    assert!(said.contains("data file"), "{said}");
+    assert_eq!(std::fs::read(place.path("top")).unwrap(), before);
+}
+
 #[test]
 fn unsafe_mode_changes_the_header_alone() {
     for options in ["compat=1.1", "compat=0.10", "cluster_size=512"] {
