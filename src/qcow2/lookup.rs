@@ -44,6 +44,13 @@ pub(crate) struct EntryPlace {
 }
 
 impl Image {
+    /// Whether the first bytes of a range inside the image are its own, zeros
+    /// too, and not those of the layer below; and how many are alike.
+    pub(crate) async fn holds(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        let extent = self.lookup(GuestOffset(offset), len).await?;
+        Ok((extent.mapping != Mapping::Unallocated, extent.len))
+    }
+
     /// The first extent of the range, which is inside the image.
     #[inline]
     pub(crate) async fn lookup(&self, at: GuestOffset, len: u64) -> Result<Extent> {

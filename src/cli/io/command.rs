@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::cli::size;
+use crate::qcow2::create::Preallocation;
 
 /// The longest read or write, in bytes: what a block request may be in QEMU.
 const LONGEST: u64 = (1 << 31) - 512;
@@ -18,14 +19,18 @@ read [-Cqv] [-P PATTERN [-s OFF] [-l LEN]] OFF LEN   (also readv, aio_read)
         OFF of what was read; -v shows them
 write [-Cfq] [-P PATTERN | -s FILE] OFF LEN          (also writev, aio_write)
         write bytes of 0xcd, of PATTERN, or of FILE over and over; -f: durable
+write -c [-Cfq] [-P PATTERN | -s FILE] OFF LEN
+        write compressed clusters
 write -z [-Cfnqu] OFF LEN                            (also aio_write)
         write zeros; -u: space may be freed; -n: whole clusters only
 discard [-Cq] OFF LEN
         free whole clusters
 flush, aio_flush
         make everything before durable; wait for everything in flight
-truncate SIZE, length
-        enlarge the disk; show its size
+truncate [-m off|metadata|falloc|full] SIZE, length
+        change the disk's size, with space for what is new; show the size
+alloc OFF [LEN], map
+        show how much of a range, or which parts, the image itself has
 sleep MS, abort, sigraise SIGNAL, help, quit
         wait; die; die by a signal; this text; end
 
@@ -56,6 +61,9 @@ pub(super) enum Content {
     Zeros { unmap: bool, whole_clusters: bool },
 }
 
+/// How much of a range is to be looked at when nothing is said, in bytes.
+const USUAL_ALLOC: u64 = 512;
+
 /// What an operation does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
@@ -66,6 +74,7 @@ pub(super) enum What {
     Write {
         content: Content,
         fua: bool,
+        compress: bool,
     },
     Discard,
 }
@@ -89,7 +98,9 @@ pub(super) enum Command {
     Operation(Operation),
     Flush,
     WaitForAll,
-    Truncate(u64),
+    Truncate(u64, Preallocation),
+    Alloc { offset: u64, len: u64 },
+    Map,
     Length,
     Sleep(Duration),
     Abort,
@@ -128,7 +139,9 @@ impl Command {
             "abort" => alone(Self::Abort),
             "quit" | "q" => alone(Self::Quit),
             "help" | "?" => Ok(Self::Help),
-            "truncate" | "t" => number("the new size").map(Self::Truncate),
+            "map" => alone(Self::Map),
+            "alloc" => alloc(name, &words),
+            "truncate" | "t" => truncate(name, &words),
             "sleep" => number("milliseconds").map(|ms| Self::Sleep(Duration::from_millis(ms))),
             "sigraise" => number("a signal's number").and_then(|number| {
                 i32::try_from(number)
@@ -268,7 +281,7 @@ fn read(name: &str, words: &[&str]) -> Result<Command, String> {
 }
 
 fn write(name: &str, words: &[&str]) -> Result<Command, String> {
-    let words = Words::split(name, words, "Cfnquzpr", "Ps")?;
+    let words = Words::split(name, words, "Ccfnquzpr", "Ps")?;
     let zeros = words.has('z');
     if !zeros && (words.has('u') || words.has('n')) {
         return Err(format!("{name}: -u and -n need -z"));
@@ -284,8 +297,34 @@ fn write(name: &str, words: &[&str]) -> Result<Command, String> {
         _ => return Err(format!("{name}: -z, -P and -s exclude each other")),
     };
     let longest = if zeros { i64::MAX as u64 } else { LONGEST };
-    let fua = words.has('f');
-    words.operation(What::Write { content, fua }, longest)
+    let what = What::Write {
+        content,
+        fua: words.has('f'),
+        // Zeros take no space in any case.
+        compress: words.has('c') && !zeros,
+    };
+    words.operation(what, longest)
+}
+
+fn alloc(name: &str, words: &[&str]) -> Result<Command, String> {
+    let words = Words::split(name, words, "", "")?;
+    let (offset, len) = match words.numbers[..] {
+        [offset] => (offset, USUAL_ALLOC),
+        [offset, len] => (offset, len),
+        _ => return Err(format!("{name} wants an offset, and may have a length")),
+    };
+    Ok(Command::Alloc { offset, len })
+}
+
+fn truncate(name: &str, words: &[&str]) -> Result<Command, String> {
+    let words = Words::split(name, words, "", "m")?;
+    let mode = words.value('m').unwrap_or("off");
+    let mode =
+        Preallocation::parse(mode).map_err(|_| format!("Invalid preallocation mode '{mode}'"))?;
+    match words.numbers[..] {
+        [size] => Ok(Command::Truncate(size, mode)),
+        _ => Err(format!("{name} wants one argument: the new size")),
+    }
 }
 
 fn discard(name: &str, words: &[&str]) -> Result<Command, String> {
@@ -349,6 +388,10 @@ mod tests {
             "flush 3",
             "sleep",
             "truncate",
+            "truncate -m most 1M",
+            "alloc",
+            "alloc 0 1 2",
+            "map 1",
         ] {
             assert!(Command::parse(line).is_err(), "{line}");
         }

@@ -62,6 +62,24 @@ fn clock(took: Duration, full: bool) -> String {
     }
 }
 
+/// How much of a range is allocated.
+pub(super) fn allocated(sum: u64, len: u64, offset: u64) -> String {
+    format!(
+        "{sum}/{len} bytes allocated at offset {}\n",
+        quantity(offset as f64)
+    )
+}
+
+/// A part of the disk that the image itself has, or has not.
+pub(super) fn part(offset: u64, len: u64, allocated: bool) -> String {
+    let not = if allocated { "   " } else { "not" };
+    format!(
+        "{} ({len:#x}) bytes {not} allocated at offset {} ({offset:#x})\n",
+        quantity(len as f64),
+        quantity(offset as f64)
+    )
+}
+
 /// Bytes in rows of 16, as numbers and as letters.
 pub(super) fn dump(bytes: &[u8], offset: u64) -> String {
     let mut text = String::new();

@@ -12,6 +12,7 @@ use crate::block::{BlockHandler, Op, Payload, Request};
 use crate::cli::output;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result, errno_text};
+use crate::qcow2::create::Preallocation;
 use crate::runtime::{self, Buf, JoinHandle, ops};
 
 /// What comes after a command.
@@ -61,9 +62,17 @@ impl Session {
                 self.note("flush", flushed)?;
             }
             Command::WaitForAll => self.wait_for_all().await,
-            Command::Truncate(size) => {
-                let result = self.truncate(size).await;
-                self.note("truncate", result)?;
+            Command::Truncate(size, space) => {
+                let result = self.truncate(size, space).await;
+                self.note_in_full(result);
+            }
+            Command::Alloc { offset, len } => {
+                let shown = self.alloc(offset, len).await;
+                self.show("alloc", shown)?;
+            }
+            Command::Map => {
+                let shown = self.map().await;
+                self.show("map", shown)?;
             }
             Command::Length => {
                 let size = report::quantity(self.engine.size() as f64);
@@ -95,22 +104,62 @@ impl Session {
         note(&self.failed, name, result)
     }
 
-    async fn truncate(&mut self, size: u64) -> Result<()> {
-        // Growing wants the disk's end for itself.
+    /// Reports a failure that qemu-io tells on standard error alone.
+    fn note_in_full(&self, result: Result<()>) {
+        if let Err(error) = result {
+            self.failed.set(true);
+            output::report(&error);
+        }
+    }
+
+    fn show(&self, name: &str, shown: Result<String>) -> Result<()> {
+        match shown {
+            Ok(text) => output::print(&text),
+            Err(error) => self.note(name, Err(error)),
+        }
+    }
+
+    async fn truncate(&mut self, size: u64, space: Preallocation) -> Result<()> {
+        // This wants the disk's end for itself.
         self.wait_for_all().await;
-        let old = self.engine.size();
-        if !size.is_multiple_of(512) {
-            let what = format!("a size is a multiple of 512, and {size} is not");
+        if size >= self.engine.size() {
+            return self.engine.grow_preallocated(size, space).await;
+        }
+        if space != Preallocation::Off {
+            let what = "Preallocation can't be used for shrinking an image";
             return Err(Error::new(ErrorKind::Usage, what));
         }
-        if size < old {
-            let what = format!("a disk of {old} bytes cannot be made smaller");
-            return Err(Error::new(ErrorKind::Unsupported, what));
+        self.engine.shrink(size).await
+    }
+
+    async fn alloc(&self, offset: u64, len: u64) -> Result<String> {
+        let image = self.engine.chain().top();
+        let len = len.min(image.size().saturating_sub(offset));
+        let (mut sum, mut done) = (0, 0);
+        while done < len {
+            let (own, part) = image.holds(offset + done, len - done).await?;
+            sum += if own { part } else { 0 };
+            done += part;
         }
-        if size > old {
-            self.engine.grow(size).await?;
+        Ok(report::allocated(sum, len, offset))
+    }
+
+    async fn map(&self) -> Result<String> {
+        let image = self.engine.chain().top();
+        let (mut text, mut at, size) = (String::new(), 0, image.size());
+        while at < size {
+            let (own, mut len) = image.holds(at, size - at).await?;
+            while at + len < size {
+                let (next, more) = image.holds(at + len, size - at - len).await?;
+                if next != own {
+                    break;
+                }
+                len += more;
+            }
+            text += &report::part(at, len, own);
+            at += len;
         }
-        Ok(())
+        Ok(text)
     }
 
     async fn operation(&mut self, operation: Operation) -> Result<()> {
@@ -167,7 +216,7 @@ async fn attempt(engine: &Engine, operation: &Operation, failed: &Cell<bool>) ->
             Op::Read
         }
         What::Discard => Op::Discard,
-        What::Write { content, fua } => {
+        What::Write { content, fua, .. } => {
             let fua = *fua;
             match content {
                 Content::Zeros {
@@ -205,7 +254,22 @@ async fn attempt(engine: &Engine, operation: &Operation, failed: &Cell<bool>) ->
         len: *len,
         payload,
     };
-    engine.handle(0, request).await?;
+    match (what, &buf) {
+        (
+            What::Write {
+                compress: true,
+                fua,
+                ..
+            },
+            Some(bytes),
+        ) => {
+            engine.write_compressed(0, *offset, bytes, None).await?;
+            if *fua {
+                engine.flush().await?;
+            }
+        }
+        _ => engine.handle(0, request).await?,
+    }
     let took = begun.elapsed();
 
     let mut text = String::new();
