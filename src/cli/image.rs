@@ -78,19 +78,9 @@ impl KeyArgs {
                 }
             }
         }
-        let sources = [
-            settings.key_file.is_some(),
-            self.key_fd.is_some(),
-            self.key_credential.is_some(),
-        ];
-        if sources.into_iter().filter(|&said| said).count() > 1 {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                "the passphrase comes from a file, a descriptor or a credential: one of them",
-            ));
-        }
         settings.key_fd = self.key_fd;
         settings.key_credential = self.key_credential;
+        settings.check_key_source()?;
         settings.key_memory = self.key_memory;
         settings.key_iterations = self.key_iterations;
         Ok(())

@@ -54,7 +54,7 @@ impl Settings {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        toml::from_str(text).map_err(|error| {
+        let settings: Self = toml::from_str(text).map_err(|error| {
             let line = error
                 .span()
                 .map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
@@ -66,7 +66,9 @@ impl Settings {
                     None => message,
                 },
             )
-        })
+        })?;
+        settings.check_key_source()?;
+        Ok(settings)
     }
 }
 
@@ -111,6 +113,8 @@ mod tests {
         assert!(value.contains("writethrough"), "{value}");
         assert!(wrong("queues = \"two\"\n").starts_with("line 1: "));
         assert!(wrong("image = \n").starts_with("line 1: "));
+        let two = wrong("image = \"a\"\nkey-file = \"k\"\nkey-credential = \"c\"\n");
+        assert!(two.contains("one of them"), "{two}");
     }
 
     #[test]

@@ -202,6 +202,22 @@ impl Settings {
         }
     }
 
+    /// Refuses more than one source of the passphrase for all images.
+    pub(crate) fn check_key_source(&self) -> Result<()> {
+        let sources = [
+            self.key_file.is_some(),
+            self.key_fd.is_some(),
+            self.key_credential.is_some(),
+        ];
+        if sources.into_iter().filter(|&said| said).count() > 1 {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "the passphrase comes from a file, a descriptor or a credential: one of them",
+            ));
+        }
+        Ok(())
+    }
+
     /// What is said about passphrases.
     pub fn key_sources(&self, ask: Ask) -> KeySources {
         let usual = Limits::default();

@@ -42,14 +42,15 @@ pub(super) fn ask(what: &str) -> Result<Secret> {
     silent
         .local_flags
         .remove(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG);
-    (&mut &terminal)
-        .write_all(format!("{what}: ").as_bytes())
-        .map_err(failed)?;
+    // Before anybody is asked to type: what comes earlier would be shown.
     tcsetattr(&terminal, SetArg::TCSAFLUSH, &silent).map_err(|e| failed(e.into()))?;
     let _restored = Restored {
         terminal: &terminal,
         before,
     };
+    (&mut &terminal)
+        .write_all(format!("{what}: ").as_bytes())
+        .map_err(failed)?;
     let mut typed = Zeroizing::new(Vec::with_capacity(1024));
     let mut byte = Zeroizing::new([0]);
     loop {

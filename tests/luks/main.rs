@@ -8,6 +8,7 @@ mod cow;
 mod keys;
 mod luks2;
 mod model;
+mod prompt;
 mod qemu;
 
 use std::ffi::OsString;
