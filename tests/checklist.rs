@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use common::{Reader, qemu_img, qemu_io, run};
 use qcow2_ublk::error::ErrorKind;
 use qcow2_ublk::qcow2::ImageOptions;
+use qcow2_ublk::storage::CacheMode;
 use qcow2_ublk::{Disk, chain};
 
 const K: u64 = 1 << 10;
@@ -412,5 +413,120 @@ fn zeros_are_detected_as_qemu_does() {
         }
         assert_eq!(maps[0].0, maps[1].0, "{mode}");
         assert!(maps[0].1 == maps[1].1, "{mode}");
+    }
+}
+
+/// Every way to open an image shows the same, and what is not to be written
+/// is not.
+#[test]
+fn opened_in_every_way() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = created(dir.path(), "", "8M");
+    qemu_io(
+        &image,
+        &["write -P 7 0 2M", "write -c -P 8 2M 64k", "write -z 3M 1M"],
+    );
+    let before = std::fs::read(&image).unwrap();
+    let mut expected = vec![0; 8 << 20];
+    expected[..2 << 20].fill(7);
+    expected[2 << 20..(2 << 20) + (64 << 10)].fill(8);
+    for cache in [CacheMode::Writeback, CacheMode::None] {
+        for force_share in [false, true] {
+            for (queues, l2_cache) in [(1, None), (4, Some(64 << 10))] {
+                let mut options = chain::Options {
+                    cache,
+                    force_share,
+                    ..chain::Options::default()
+                };
+                options.image.queues = queues;
+                if let Some(bytes) = l2_cache {
+                    options.image.l2_cache = bytes;
+                }
+                let disk = Disk::open(&image, &options).unwrap();
+                let mut seen = vec![0xee; expected.len()];
+                disk.read_at(&mut seen, 0).unwrap();
+                assert!(seen == expected, "{options:?}");
+                let refused = disk.write_at(&[1; 512], 0).unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+                disk.close().unwrap();
+            }
+        }
+    }
+    assert!(std::fs::read(&image).unwrap() == before);
+    // What cannot be together is refused.
+    let options = chain::Options {
+        force_share: true,
+        ..writable()
+    };
+    assert_eq!(
+        Disk::open(&image, &options).unwrap_err().kind(),
+        ErrorKind::Usage
+    );
+}
+
+/// A check reads: beside other readers, of files that may not be written, and
+/// whatever it finds, not a byte changes; a repair is refused there.
+#[test]
+fn a_check_changes_nothing() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let image = created(dir.path(), "lazy_refcounts=on", "8M");
+    qemu_io(&image, &["write -P 7 0 1M"]);
+    let reader = Reader::open(&image);
+    let block = reader.be64(reader.header.refcount_table_offset);
+    // Leaks, low counts and the dirty mark.
+    poke(&image, block + 16, 0x0001_0000_0001_0002);
+    poke(&image, 72, 1);
+    std::fs::set_permissions(&image, std::fs::Permissions::from_mode(0o444)).unwrap();
+    let before = std::fs::read(&image).unwrap();
+    let times = |path: &Path| path.metadata().unwrap().modified().unwrap();
+    let modified = times(&image);
+    let other = Disk::open(&image, &chain::Options::default()).unwrap();
+    let (theirs, ours) = both_checks(&image);
+    assert_eq!((theirs, ours), (Some(2), Some(2)));
+    let path = image.to_str().unwrap();
+    let (code, text) = run(
+        env!("CARGO_BIN_EXE_qcow2-ublk"),
+        &["check", "-r", "all", path],
+    );
+    assert!(code != Some(0), "{text}");
+    drop(other);
+    assert!(std::fs::read(&image).unwrap() == before);
+    assert_eq!(times(&image), modified);
+}
+
+/// Refcounts that call the header, the tables and the refcounts themselves
+/// free: none of them is ever given to data.
+#[test]
+fn metadata_that_counts_as_free_is_not_given_out() {
+    for options in ["cluster_size=64k", "cluster_size=4k", "cluster_size=512"] {
+        let dir = tempfile::tempdir().unwrap();
+        let image = created(dir.path(), options, "8M");
+        qemu_io(&image, &["write -P 7 0 64k"]);
+        let reader = Reader::open(&image);
+        let block = reader.be64(reader.header.refcount_table_offset);
+        let first = reader.be64(reader.header.l1_table_offset) & 0x00ff_ffff_ffff_fe00;
+        // All up to the first L2 table, four counts to a word.
+        let clusters = first >> reader.header.geometry().cluster_bits;
+        for word in 0..=clusters / 4 {
+            poke(&image, block + word * 8, 0);
+        }
+        let disk = Disk::open(&image, &writable()).unwrap();
+        // They go elsewhere, or are refused.
+        for at in (0..64).map(|n| M + n * 64 * K) {
+            let _ = disk.write_at(&[0x5a; 4096], at);
+        }
+        let _ = disk.flush();
+        drop(disk);
+        let disk = Disk::open(&image, &chain::Options::default()).unwrap();
+        let mut bytes = vec![0; 64 << 10];
+        disk.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|&b| b == 7), "{options}");
+        let now = Reader::open(&image);
+        assert_eq!(now.header.l1_table_offset, reader.header.l1_table_offset);
+        let place = now.be64(now.header.refcount_table_offset);
+        assert_eq!(place, block, "{options}");
+        let l1 = now.be64(now.header.l1_table_offset) & 0x00ff_ffff_ffff_fe00;
+        assert_eq!(l1, first, "{options}");
     }
 }
