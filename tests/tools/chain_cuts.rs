@@ -189,7 +189,7 @@ fn rebase(options: &str, old: &[u8], new: Option<&[u8]>, names: [&str; 2], compr
         assert!(checked.active_content(below) == shown, "{options}, {crash}");
     }
     assert!(
-        before > 10 && after > 3,
+        before > 10 && after > 2,
         "{options}: {before} before, {after} after"
     );
 }

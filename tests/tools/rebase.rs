@@ -181,14 +181,17 @@ fn what_is_copied_is_compressed() {
         let shown = ours.content("qcow2", "top");
         let rebase = ["rebase", "-c", "-b", "new", "-F", new, "top"];
         ours.good(&rebase);
-        theirs.qemu_img(&rebase);
         ours.check("top");
         assert_same(&ours.content("qcow2", "top"), &shown, options);
         assert_same(&ours.our_content("top"), &shown, options);
         let map = ours.qemu_img(&["map", "--output=json", "top"]);
         assert!(map.contains("\"compressed\": true"), "{options}: {map}");
-        let (len, limit) = (ours.len("top"), theirs.len("top") + (256 << 10));
-        assert!(len <= limit, "{options}: {len} bytes, theirs {limit}");
+        // qemu-img 10.0 dies of an assertion with subclusters.
+        if !options.contains("extended_l2") {
+            theirs.qemu_img(&rebase);
+            let (len, limit) = (ours.len("top"), theirs.len("top") + (256 << 10));
+            assert!(len <= limit, "{options}: {len} bytes, theirs {limit}");
+        }
     }
     // What cannot be compressed is said before anything is done.
     let place = Place::new();
