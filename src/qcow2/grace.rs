@@ -5,9 +5,9 @@
 //! somebody else before the request is over. Requests therefore count
 //! themselves in under the current generation; what is freed in generation g
 //! may be reused from generation g + 2 on, because the generation advances
-//! only when nobody of the one before is left.
+//! only when nobody of the one before is left. `tests/loom` tries every order.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::runtime::primitives::{AtomicU64, Ordering};
 
 /// One queue's counts, on a cache line of its own.
 #[derive(Debug, Default)]

@@ -12,10 +12,12 @@
 //! - This module and `ublk` are the only places with `unsafe` code.
 
 pub mod buf;
+mod inbox;
 pub mod locked;
 pub mod ops;
 pub mod payload;
 pub mod pool;
+pub(crate) mod primitives;
 mod reactor;
 mod restrict;
 pub mod sync;

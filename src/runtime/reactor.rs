@@ -6,12 +6,13 @@ use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::inbox::Queued;
 use super::restrict;
 use super::wake::{Remote, TaskWaker};
 
@@ -147,7 +148,7 @@ impl Reactor {
         let waker = Arc::new(TaskWaker {
             remote: Arc::clone(&self.remote),
             task: id,
-            queued: AtomicBool::new(false),
+            queued: Queued::new(),
         });
         let task = Task {
             future,
@@ -172,6 +173,7 @@ impl Reactor {
         self.ready.borrow_mut().push_back(MAIN);
         loop {
             self.remote
+                .inbox()
                 .drain(|task| self.ready.borrow_mut().push_back(task));
             // One round: what becomes ready meanwhile waits for the next, so
             // that a busy task cannot keep the ring from being entered.
@@ -200,7 +202,7 @@ impl Reactor {
             if !task.live {
                 return None;
             }
-            task.waker.queued.store(false, Ordering::Release);
+            task.waker.queued.clear();
             (task.future.take(), task.std_waker.clone())
         };
         let outer = self.current.replace(id);
@@ -230,9 +232,9 @@ impl Reactor {
     fn turn(&self, idle: bool) {
         let mut guard = self.ring.borrow_mut();
         let Some(ring) = guard.as_mut() else {
-            if idle && self.remote.sleep() {
+            if idle && self.remote.inbox().sleep() {
                 self.remote.wait_for_signal();
-                self.remote.awake();
+                self.remote.inbox().awake();
             }
             return;
         };
@@ -242,14 +244,14 @@ impl Reactor {
                 .user_data(WAKE_EVENT);
             Self::push(ring, &poll);
         }
-        let sleep = idle && ring.completion().is_empty() && self.remote.sleep();
+        let sleep = idle && ring.completion().is_empty() && self.remote.inbox().sleep();
         let wanted = usize::from(sleep);
         // Errors: EINTR and EBUSY (completion queue full) mean "reap, then try
         // again", which the caller's loop does. Anything else would be a
         // broken ring; entries stay queued and the loop retries.
         let _ = ring.submit_and_wait(wanted);
         if sleep {
-            self.remote.awake();
+            self.remote.inbox().awake();
         }
         self.reap(ring);
     }

@@ -1,19 +1,21 @@
 //! Waiting for other tasks, on this thread or another.
 //!
 //! Waiters retry after every notification: simple, and never a lost wake-up.
-//! None of this is on the path of a request that meets no other.
+//! None of this is on the path of a request that meets no other. That no
+//! wake-up is lost is tried in `tests/loom`.
 
 use std::cell::UnsafeCell;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
+
+use super::primitives::{self, AtomicBool, Ordering};
 
 /// Tasks waiting for something to change.
 #[derive(Debug, Default)]
 pub struct WaitList {
-    waiting: std::sync::Mutex<Vec<Waker>>,
+    waiting: primitives::Mutex<Vec<Waker>>,
     any: AtomicBool,
 }
 
@@ -45,7 +47,7 @@ impl WaitList {
     pub fn notify_all(&self) {
         // SeqCst: pairs with the store in `wait_until`, against the caller's
         // own change (made visible by a lock or a SeqCst store).
-        std::sync::atomic::fence(Ordering::SeqCst);
+        primitives::fence(Ordering::SeqCst);
         if self.any.load(Ordering::SeqCst) {
             let waiting = {
                 let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,13 +81,10 @@ impl<T> std::fmt::Debug for Mutex<T> {
 
 impl<T> Mutex<T> {
     /// An unlocked mutex.
-    pub const fn new(value: T) -> Self {
+    pub fn new(value: T) -> Self {
         Self {
             locked: AtomicBool::new(false),
-            waiters: WaitList {
-                waiting: std::sync::Mutex::new(Vec::new()),
-                any: AtomicBool::new(false),
-            },
+            waiters: WaitList::default(),
             value: UnsafeCell::new(value),
         }
     }

@@ -5,16 +5,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::Wake;
+
+use super::inbox::{Inbox, Queued};
 
 /// The part of a reactor that other threads may touch.
 pub(super) struct Remote {
-    woken: Mutex<Vec<u32>>,
-    /// True when `woken` may be non-empty: one load instead of a lock per turn.
-    any: AtomicBool,
-    sleeping: AtomicBool,
+    inbox: Inbox,
     event: OwnedFd,
 }
 
@@ -26,9 +24,7 @@ impl Remote {
             return Err(io::Error::last_os_error());
         }
         Ok(Self {
-            woken: Mutex::new(Vec::new()),
-            any: AtomicBool::new(false),
-            sleeping: AtomicBool::new(false),
+            inbox: Inbox::new(),
             // SAFETY: fd was just made and is owned by nobody else.
             event: unsafe { OwnedFd::from_raw_fd(fd) },
         })
@@ -38,15 +34,12 @@ impl Remote {
         self.event.as_raw_fd()
     }
 
+    pub(super) fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
     fn wake(&self, task: u32) {
-        self.woken
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(task);
-        self.any.store(true, Ordering::SeqCst);
-        // SeqCst pairs with `sleep`: either the sleeper sees `any`, or we see
-        // `sleeping`.
-        if self.sleeping.swap(false, Ordering::SeqCst) {
+        if self.inbox.add(task) {
             self.signal();
         }
     }
@@ -56,30 +49,6 @@ impl Remote {
         // SAFETY: writes 8 bytes from a live array. The counter cannot
         // overflow: one signal per sleep.
         unsafe { libc::write(self.event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    }
-
-    /// Moves the woken tasks to `into`.
-    pub(super) fn drain(&self, mut into: impl FnMut(u32)) {
-        if self.any.load(Ordering::Acquire) {
-            let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
-            self.any.store(false, Ordering::SeqCst);
-            woken.drain(..).for_each(&mut into);
-        }
-    }
-
-    /// Announces that the thread is going to sleep; false when it must not,
-    /// because something was woken meanwhile.
-    pub(super) fn sleep(&self) -> bool {
-        self.sleeping.store(true, Ordering::SeqCst);
-        if self.any.load(Ordering::SeqCst) {
-            self.sleeping.store(false, Ordering::SeqCst);
-            return false;
-        }
-        true
-    }
-
-    pub(super) fn awake(&self) {
-        self.sleeping.store(false, Ordering::SeqCst);
     }
 
     /// Sleeps until [`Self::signal`], for a reactor without ring.
@@ -94,8 +63,7 @@ impl Remote {
 pub(super) struct TaskWaker {
     pub(super) remote: Arc<Remote>,
     pub(super) task: u32,
-    /// Set while the task is on its way to being polled.
-    pub(super) queued: AtomicBool,
+    pub(super) queued: Queued,
 }
 
 impl Wake for TaskWaker {
@@ -104,7 +72,7 @@ impl Wake for TaskWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.queued.swap(true, Ordering::AcqRel) {
+        if self.queued.set() {
             self.remote.wake(self.task);
         }
     }

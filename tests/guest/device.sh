@@ -142,8 +142,11 @@ no_space() {
 load() {
     fio --name=load --filename="$1" --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw \
         --bs=4k --size=128M --time_based --runtime=60 --output=/dev/null >/dev/null 2>&1 &
-    sleep 2
+    eventually loaded "$1"
 }
+
+# It has completed more writes than anybody but the load makes.
+loaded() { [[ $(awk '{print $5}' <"/sys/block/${1#/dev/}/stat") -gt 200 ]]; }
 
 gone() { [[ ! -e $1 ]]; }
 

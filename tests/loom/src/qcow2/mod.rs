@@ -1,0 +1,2 @@
+#[path = "../../../../src/qcow2/grace.rs"]
+pub(crate) mod grace;
