@@ -7,7 +7,7 @@ use qcow2_ublk::storage::sim::{Image, SimDisk, crash_images};
 
 use super::common::lab;
 use super::input::Input;
-use super::view::View;
+use super::view::{View, header_of};
 use super::{images, recipe};
 
 pub fn run(data: &[u8]) {
@@ -54,6 +54,10 @@ fn judge(disk: &SimDisk, what: Repair, done: &Repaired) {
     assert_eq!(report, done.report, "what is left");
     if is_sound(done) && what == Repair::All {
         assert_eq!(done.report.leaks, 0, "nothing is in the way of that");
+    }
+    // A header that names its own cluster as a table cannot be helped.
+    if header_of(&disk.image()).is_none() {
+        return;
     }
     let again = SimDisk::with_image(disk.image());
     let second = lab::block_on(images::repair(&again, what)).expect("as the first time");

@@ -43,6 +43,13 @@ impl<'a> View<'a> {
         })
     }
 
+    /// From now on it is about a snapshot, whose disk has `size` bytes.
+    pub fn shows(&mut self, snapshot: &Snapshot, size: u64) {
+        self.header.l1_table_offset = snapshot.l1_table_offset;
+        self.header.l1_size = snapshot.l1_size;
+        self.header.size = size;
+    }
+
     fn be64(&self, at: HostOffset) -> u64 {
         u64::from_be_bytes(self.image.bytes(at.0, 8).try_into().expect("8 bytes"))
     }
@@ -57,7 +64,11 @@ impl<'a> View<'a> {
     /// The L1 entry over a guest cluster.
     fn l1_entry(&self, cluster: u64) -> Option<L1Entry> {
         let guest = GuestOffset(cluster << self.geometry.cluster_bits);
-        let l1 = self.header.l1_table_offset + self.geometry.l1_index(guest) * 8;
+        let index = self.geometry.l1_index(guest);
+        if index >= self.header.l1_size.into() {
+            return Some(L1Entry::Unallocated); // a snapshot of a smaller disk
+        }
+        let l1 = self.header.l1_table_offset + index * 8;
         L1Entry::decode(self.be64(l1), &self.geometry).ok()
     }
 

@@ -80,7 +80,7 @@ impl Engine {
         };
         // What the cluster is to show, with zeros past the end of the disk.
         let inside = image.cluster_size().min(self.size() - first.0) as usize;
-        if part.len() < inside && self.is_in_place(first).await? {
+        if part.len() < inside && self.is_in_place(first, inside as u64).await? {
             // Others may be writing to it in place, which takes no lock: what
             // they write beside this part would be lost in the copy.
             drop(range);
@@ -110,10 +110,18 @@ impl Engine {
         }
     }
 
-    /// True when the cluster at `first` is overwritten where it is.
-    async fn is_in_place(&self, first: GuestOffset) -> Result<bool> {
-        let extent = self.top().lookup(first, 1).await?;
-        Ok(matches!(extent.mapping, Mapping::Data { copied: true, .. }))
+    /// True when some of the `len` bytes of the cluster at `first` are
+    /// overwritten where they are: subclusters may differ.
+    async fn is_in_place(&self, first: GuestOffset, len: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let extent = self.top().lookup(first + done, len - done).await?;
+            if matches!(extent.mapping, Mapping::Data { copied: true, .. }) {
+                return Ok(true);
+            }
+            done += extent.len;
+        }
+        Ok(false)
     }
 
     /// Makes the whole cluster at `offset` show what `stream` decompresses to.

@@ -153,7 +153,7 @@ impl Metadata {
             .clusters
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        let last = (offset.0 + len.max(1) - 1) >> self.cluster_bits;
+        let last = offset.0.saturating_add(len.max(1) - 1) >> self.cluster_bits;
         clusters.add(offset.cluster(self.cluster_bits), last + 1);
     }
 
@@ -205,7 +205,7 @@ impl Metadata {
             return None;
         }
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
-        let last = (offset.0 + len.max(1) - 1) >> self.cluster_bits;
+        let last = offset.0.saturating_add(len.max(1) - 1) >> self.cluster_bits;
         clusters.first_in(offset.cluster(self.cluster_bits), last + 1)
     }
 }

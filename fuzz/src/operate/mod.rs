@@ -40,6 +40,13 @@ pub fn run(data: &[u8]) {
     });
 }
 
+/// With `FUZZ_TRACE` in the environment, what is done is told.
+fn tell(what: impl FnOnce() -> String) {
+    if std::env::var_os("FUZZ_TRACE").is_some() {
+        eprintln!("{}", what());
+    }
+}
+
 struct Work {
     shape: Shape,
     disk: SimDisk,
@@ -118,6 +125,7 @@ impl Work {
     }
 
     async fn one(&mut self, op: Op) {
+        tell(|| format!("{op:?}"));
         let result = op.clone().run(Arc::clone(&self.engine)).await;
         self.judge(&op, &result);
         self.note(&op, &result);
@@ -125,6 +133,7 @@ impl Work {
 
     /// Requests that meet each other.
     async fn together(&mut self, ops: Vec<Op>, seed: u8) {
+        tell(|| format!("together: {ops:?}"));
         self.disk.shuffle(Some(seed.into()));
         let tasks: Vec<_> = ops
             .iter()
@@ -191,6 +200,7 @@ impl Work {
                 errno: libc::EIO,
             },
         };
+        tell(|| format!("{fault:?} at {number}"));
         let harmless = matches!(fault, Fault::Short(_) | Fault::Errno(libc::EINTR));
         let failed = Arc::clone(&self.failed);
         self.disk.inject(move |request| {
@@ -211,6 +221,7 @@ impl Work {
     }
 
     async fn reopen(&mut self) {
+        tell(|| "reopen".to_owned());
         let closed = self.engine.close().await;
         assert!(closed.is_ok() || self.may_fail(), "a close: {closed:?}");
         if closed.is_ok() {
@@ -224,6 +235,7 @@ impl Work {
 
     /// The program dies, and the host goes on.
     async fn die(&mut self) {
+        tell(|| "death".to_owned());
         self.leaky = true;
         self.model.cut();
         self.open_again().await;
@@ -263,6 +275,7 @@ impl Work {
             .collect();
         let crash = states.swap_remove(usize::from(seed) % states.len());
         let disk = SimDisk::with_image(crash.images[0].clone());
+        tell(|| format!("{op:?}: {result:?}, then {crash} of {start}..{end}"));
         self.leaky = true;
         self.model.cut();
         if self.over {

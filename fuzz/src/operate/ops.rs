@@ -11,7 +11,7 @@ use super::super::input::Input;
 use super::model::{End, Model, SECTOR};
 
 /// Largest disk that one grows to, in sectors.
-const MOST: u64 = 4096;
+const MOST: u64 = 1024;
 
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -87,7 +87,7 @@ impl Op {
     pub fn choose(input: &mut Input<'_>, model: &Model, snapshot: bool) -> Self {
         match (input.u8() % 32, snapshot) {
             (0, _) => {
-                let more = u64::from(input.u16()) % 1024;
+                let more = u64::from(input.u16()) % 256;
                 Self::Grow {
                     sectors: (model.sectors() + more).min(MOST.max(model.sectors())),
                 }
@@ -152,8 +152,9 @@ impl Op {
     /// What it may be refused for, though nothing goes wrong.
     pub fn may_be_refused(&self, error: &Error) -> bool {
         match self {
-            Self::CreateSnapshot | Self::Compressed { .. } => {
-                // Narrow refcounts cannot count another owner.
+            // Narrow refcounts cannot count another owner; version 2 does not say
+            // how large a snapshot's disk is.
+            Self::CreateSnapshot | Self::Compressed { .. } | Self::Grow { .. } => {
                 error.kind() == ErrorKind::Unsupported
             }
             _ => false,
