@@ -96,6 +96,8 @@ pub mod error;
 pub mod offline;
 pub mod qcow2;
 pub mod report;
+#[doc(hidden)]
+pub mod rule;
 pub mod runtime;
 pub mod storage;
 pub mod ublk;

@@ -14,6 +14,7 @@ use crate::block::Payload;
 use crate::chain::{Apart, Chain, Layer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{GuestOffset, Image, Mapping};
+use crate::rule::Rule;
 use crate::runtime::Buf;
 use crate::storage::Storage;
 
@@ -78,6 +79,7 @@ impl Commit {
     pub async fn copy(&self, progress: &mut Progress<'_>) -> Result<()> {
         let copied = self.copy_all(progress).await;
         let closed = match &self.base {
+            _ if Rule::BaseBeforeEmpty.is_broken() => Ok(()),
             Base::Qcow2(engine) => engine.close().await,
             Base::Raw(storage) => storage.sync().await,
         };

@@ -23,6 +23,7 @@ use crate::block::{BlockHandler, Limits, Op, Payload, Request};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Image, Presence};
+use crate::rule::Rule;
 use crate::runtime;
 
 pub use commit::Commit;
@@ -270,13 +271,21 @@ impl BlockHandler for Engine {
             Op::Read => self.read(queue, offset, payload).await,
             Op::Write { fua } => {
                 self.write(queue, offset, payload).await?;
-                if fua { self.flush().await } else { Ok(()) }
+                if fua && !Rule::FuaFlushes.is_broken() {
+                    self.flush().await
+                } else {
+                    Ok(())
+                }
             }
             Op::Flush => self.flush().await,
             Op::Discard => self.discard(queue, offset, len).await,
             Op::WriteZeroes { unmap, fua } => {
                 self.write_zeroes(queue, offset, len, unmap).await?;
-                if fua { self.flush().await } else { Ok(()) }
+                if fua && !Rule::FuaFlushes.is_broken() {
+                    self.flush().await
+                } else {
+                    Ok(())
+                }
             }
         }
     }

@@ -12,6 +12,7 @@ use crate::block::Payload;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::create::Preallocation;
 use crate::qcow2::{Change, GuestOffset, Mapping};
+use crate::rule::Rule;
 use crate::storage::{OpenOptions, Storage};
 
 /// Bytes that one write of zeros covers at most.
@@ -56,7 +57,9 @@ impl Engine {
                 self.preallocate(slot, old, size, space).await?;
             }
             // The zeros are durable before the size shows them.
-            image.flush().await?;
+            if !Rule::ZerosBeforeSize.is_broken() {
+                image.flush().await?;
+            }
             image.store_size().await
         }
         .await;
@@ -114,6 +117,10 @@ impl Engine {
         }
         let slot = 0;
         self.prepare().await?;
+        if Rule::SizeBeforeUnmapping.is_broken() {
+            let end = size.next_multiple_of(image.cluster_size());
+            image.drop_mappings(slot, GuestOffset(end)).await?;
+        }
         let stored = image.store_smaller_size(size).await;
         // Those of the size that holds now.
         let bitmaps = image.end_bitmap_resize().await;

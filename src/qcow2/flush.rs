@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::alloc::{Allocator, Freed};
 use super::{Image, lock};
 use crate::error::Result;
+use crate::rule::Rule;
 use crate::runtime::sync;
 use crate::runtime::{Buf, Payload};
 
@@ -56,13 +57,18 @@ impl Image {
     async fn write_back(&self) -> Result<()> {
         if !self.has_dirty_metadata() && !self.refblocks.is_crowded() {
             self.sync_data().await?;
-            return self.storage.sync().await;
+            return self.sync_flushed().await;
         }
         // The frees first, then the copies: what is on the list was unmapped
         // before, so the copies show it unmapped.
         let unmapped = std::mem::take(&mut *lock(&self.frees.unmapped));
         let l2 = self.l2.take_dirty();
         let l1 = self.l1.take_dirty();
+        if Rule::UnmappingBeforeFree.is_broken() {
+            self.retire(unmapped.clone());
+            self.release_frees().await?;
+            self.write_refcounts().await?;
+        }
         let written = self.write_frozen(&l2, &l1).await;
         if let Err(error) = written {
             // Nothing is dropped: all of it is written again next time.
@@ -77,8 +83,18 @@ impl Image {
             list.extend(newer);
             return Err(error);
         }
-        self.retire(unmapped);
+        if !Rule::UnmappingBeforeFree.is_broken() {
+            self.retire(unmapped);
+        }
         self.release_frees().await
+    }
+
+    /// What was flushed is durable.
+    async fn sync_flushed(&self) -> Result<()> {
+        if Rule::FlushSyncs.is_broken() {
+            return Ok(());
+        }
+        self.storage.sync().await
     }
 
     fn retire(&self, unmapped: Vec<Freed>) {
@@ -95,11 +111,14 @@ impl Image {
         l1: &[(usize, super::spec::addr::HostOffset, Buf)],
     ) -> Result<()> {
         self.restore_header().await?;
-        if !self.postpones_refcounts() || self.refblocks.is_crowded() {
+        let postponed = self.postpones_refcounts() && !self.refblocks.is_crowded();
+        if !postponed && !Rule::CountBeforeMapping.is_broken() {
             self.write_refcounts().await?;
         }
         self.sync_data().await?;
-        self.storage.sync().await?;
+        if !Rule::DataBeforeMapping.is_broken() {
+            self.storage.sync().await?;
+        }
         if l2.is_empty() && l1.is_empty() {
             return Ok(());
         }
@@ -116,15 +135,18 @@ impl Image {
             }
         }
         result?;
-        self.storage.sync().await
+        if !postponed && Rule::CountBeforeMapping.is_broken() {
+            self.write_refcounts().await?;
+        }
+        self.sync_flushed().await
     }
 
     /// Makes what is in an external data file durable; what is in the image's
     /// own is so with the next sync of that.
     async fn sync_data(&self) -> Result<()> {
         match &self.data_file {
-            Some(data) => data.sync().await,
-            None => Ok(()),
+            Some(data) if !Rule::FlushSyncsData.is_broken() => data.sync().await,
+            _ => Ok(()),
         }
     }
 
@@ -139,7 +161,9 @@ impl Image {
             return Ok(());
         }
         // A table entry must not become durable before its block.
-        self.storage.sync().await?;
+        if !Rule::BlockBeforeTable.is_broken() {
+            self.storage.sync().await?;
+        }
         self.write_refcount_table(&mut alloc).await
     }
 

@@ -15,6 +15,7 @@ use super::spec::addr::{GuestOffset, HostOffset};
 use super::spec::entry::L1Entry;
 use super::spec::l2::L2Entry;
 use crate::error::{Error, ErrorKind, Result};
+use crate::rule::Rule;
 use crate::runtime::Buf;
 
 /// What clusters are to become.
@@ -128,6 +129,11 @@ impl Image {
             copied: true,
         };
         self.l1.set(index, entry.encode(&self.geometry));
+        if Rule::TableBeforeL1.is_broken() {
+            let bytes = entry.encode(&self.geometry).to_be_bytes();
+            let at = self.l1.offset() + index * 8;
+            self.storage.write(at.0, &bytes).await?;
+        }
         reserved.used(1);
         if let L1Entry::Table { offset, .. } = shared {
             self.frees.push(Freed {

@@ -21,6 +21,7 @@ use super::open::read_header;
 use super::spec::header::{Compatible, INCOMPATIBLE_AT, Incompatible};
 use super::{Header, Image, ImageOptions, lock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::rule::Rule;
 use crate::storage::Storage;
 
 impl Image {
@@ -67,7 +68,9 @@ impl Image {
         }
         // From now on as always: what follows is written in order again.
         self.lazy.store(false, Ordering::Release);
-        self.flush().await?;
+        if !Rule::CountsBeforeClean.is_broken() {
+            self.flush().await?;
+        }
         self.store_marks(marks - Incompatible::DIRTY).await?;
         // The next change marks it again.
         self.prepared.store(false, Ordering::Release);
@@ -77,7 +80,9 @@ impl Image {
     async fn store_marks(&self, marks: Incompatible) -> Result<()> {
         self.write_header(INCOMPATIBLE_AT, &marks.bits().to_be_bytes())
             .await?;
-        self.storage.sync().await?;
+        if !marks.contains(Incompatible::DIRTY) || !Rule::DirtyBeforeLazy.is_broken() {
+            self.storage.sync().await?;
+        }
         lock(&self.header).incompatible = marks;
         Ok(())
     }

@@ -16,6 +16,7 @@ use super::spec::header::{Autoclear, Incompatible, PROBE_LEN, Prefix};
 use super::{Header, HostOffset, Image, Selector};
 use crate::crypto::Keyring;
 use crate::error::{Error, ErrorKind, Result};
+use crate::rule::Rule;
 use crate::runtime::{Buf, sync};
 use crate::storage::Storage;
 
@@ -214,7 +215,7 @@ impl Image {
             return Ok(());
         }
         self.clear_unknown_autoclear().await?;
-        if self.mark_bitmaps(&mut bitmaps).await? {
+        if self.mark_bitmaps(&mut bitmaps).await? && !Rule::MarkBeforeWrite.is_broken() {
             self.storage.sync().await?;
         }
         self.begin_lazy().await?;

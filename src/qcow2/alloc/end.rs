@@ -6,6 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::spec::addr::HostOffset;
 use crate::qcow2::spec::geometry::MAX_REFTABLE_BYTES;
 use crate::qcow2::spec::header::REFTABLE_AT;
+use crate::rule::Rule;
 use crate::runtime::Buf;
 
 impl Image {
@@ -286,7 +287,9 @@ impl Image {
         }
         self.storage.write(offset.0, &bytes).await?;
         self.write_slices(&self.refblocks).await?;
-        self.storage.sync().await?;
+        if !Rule::TableBeforeHeader.is_broken() {
+            self.storage.sync().await?;
+        }
         // Offset and number of clusters are neighbours: one write, one sector.
         let mut field = [0; 12];
         field[..8].copy_from_slice(&offset.0.to_be_bytes());

@@ -16,6 +16,7 @@ use super::{Image, lock};
 use crate::error::{Error, Result};
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::spec::addr::HostOffset;
+use crate::rule::Rule;
 use crate::runtime::Payload;
 
 /// Clusters a queue takes at once, at most this many and this many bytes.
@@ -205,6 +206,15 @@ impl Image {
 
     /// Takes a run of up to `wanted` free clusters and counts them.
     async fn take_run(&self, wanted: u64) -> Result<Run> {
+        if Rule::UnmappingBeforeReuse.is_broken()
+            && let Some(freed) = lock(&self.frees.unmapped).pop_if(|freed| !freed.table)
+        {
+            return Ok(Run {
+                first: freed.first,
+                count: freed.count,
+                zeroed: false,
+            });
+        }
         let mut alloc = self.alloc.lock().await;
         let alloc = &mut *alloc;
         alloc.returned.append(&mut lock(&self.given_back));

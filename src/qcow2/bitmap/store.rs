@@ -8,6 +8,7 @@ use crate::qcow2::alloc::{Freed, Run};
 use crate::qcow2::lock;
 use crate::qcow2::spec::addr::HostOffset;
 use crate::qcow2::spec::bitmap::{Bitmap, BitmapTableEntry, BitmapsExtension};
+use crate::rule::Rule;
 use crate::runtime::Buf;
 
 /// Clusters taken for what is being stored; they go back when that fails.
@@ -144,7 +145,9 @@ impl Image {
             });
         }
         // Everything the new directory names, with its refcounts.
-        self.flush().await?;
+        if !Rule::BitmapBeforeDirectory.is_broken() {
+            self.flush().await?;
+        }
         if !self.header().bitmaps_consistent() && directory.is_none() {
             // There is none in the file, and there shall be none.
             return Ok(());

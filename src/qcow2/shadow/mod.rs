@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::meta::read_words;
 use crate::qcow2::spec::header::{Autoclear, SIZE_AT};
 use crate::qcow2::spec::{Geometry, Header, HostOffset, ReftableEntry};
+use crate::rule::Rule;
 use crate::runtime::Buf;
 use crate::storage::Storage;
 
@@ -181,7 +182,9 @@ impl<'a> Shadow<'a> {
             raw.copy_from_slice(&entry.to_be_bytes());
         }
         self.write(offset, &bytes).await?;
-        storage.sync().await?;
+        if !Rule::StateBeforeSwitch.is_broken() {
+            storage.sync().await?;
+        }
 
         self.header.refcount_table_offset = offset;
         // At most 8 MiB.

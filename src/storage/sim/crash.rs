@@ -10,20 +10,27 @@ use super::{Change, History, Image, Record, Rng};
 pub struct Crash {
     /// How many records of the history had happened.
     pub point: usize,
-    /// Records that were not durable, and of which nothing survived.
-    pub lost: Vec<usize>,
-    /// Records that survived in part.
-    pub torn: Vec<usize>,
+    /// Records that were not durable and did not survive as a whole.
+    pub fates: Vec<(usize, Fate)>,
     /// What each of the disks holds.
     pub images: Vec<Image>,
 }
 
 impl fmt::Display for Crash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = |torn: bool| -> Vec<usize> {
+            let fates = self.fates.iter();
+            fates
+                .filter(|(_, fate)| matches!(fate, Fate::Torn(_)) == torn)
+                .map(|&(record, _)| record)
+                .collect()
+        };
         write!(
             f,
             "power cut after {} records; lost {:?}, torn {:?}",
-            self.point, self.lost, self.torn
+            self.point,
+            numbers(false),
+            numbers(true)
         )
     }
 }
@@ -70,6 +77,26 @@ pub fn crash_images(history: &History, seed: u64, random: usize) -> CrashImages<
     }
 }
 
+/// What the disks hold when the power is cut after `point` records of
+/// `history`, and `fates` says what became of those that are not durable then:
+/// a [`Crash`] of [`crash_images`] again, or one like it. Records that are not
+/// named survive; what is said of durable ones does not count.
+///
+/// Where a sync failed, what becomes of the changes before it is not said by
+/// `fates` once another one has succeeded.
+pub fn crash_image(history: &History, point: usize, fates: &[(usize, Fate)]) -> Crash {
+    let mut images = crash_images(history, 0, 0);
+    for record in &history.records[..point] {
+        images.step(record);
+        images.point += 1;
+    }
+    let pending = images.pending.clone();
+    images.crash_with(&pending, |_, _, record| {
+        let told = fates.iter().find(|&&(number, _)| number == record);
+        told.map_or(Fate::Survives, |&(_, fate)| fate)
+    })
+}
+
 /// The iterator of [`crash_images`].
 #[derive(Debug)]
 pub struct CrashImages<'a> {
@@ -93,11 +120,14 @@ struct Pending {
 
 /// How much of a change survives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+pub enum Fate {
+    /// All.
     Survives,
-    Torn,
+    /// Some of its sectors: which, this number decides.
+    Torn(u64),
+    /// Nothing.
     Lost,
-    /// Lost, but the file is as long as if it were not.
+    /// Nothing, but the file is as long as if it had.
     LostButLength,
 }
 
@@ -105,7 +135,7 @@ impl Fate {
     fn random(rng: &mut Rng, survivors: u64) -> Self {
         if rng.chance(survivors, 8) {
             if rng.chance(1, 4) {
-                Self::Torn
+                Self::Torn(rng.next_u64())
             } else {
                 Self::Survives
             }
@@ -165,7 +195,7 @@ impl CrashImages<'_> {
                         Fate::Survives
                     };
                     let record = &self.history.records[pending.record];
-                    apply(&mut self.durable, record, fate, &mut self.rng);
+                    apply(&mut self.durable, record, fate);
                 }
             }
             Change::FailedSync => {
@@ -182,41 +212,50 @@ impl CrashImages<'_> {
     }
 
     fn crash(&mut self, variant: usize) -> Crash {
+        let survivors = 1 + self.rng.below(7);
+        let pending = std::mem::take(&mut self.pending);
+        let last = pending.len().wrapping_sub(1);
+        let crash = self.crash_with(&pending, |rng, i, _| match variant {
+            0 => Fate::Survives,
+            1 => Fate::Lost,
+            2 if i == last => Fate::Survives,
+            2 => Fate::Lost,
+            _ => Fate::random(rng, survivors),
+        });
+        self.pending = pending;
+        crash
+    }
+
+    /// `fate` gets the place among those pending and the record's number.
+    fn crash_with(
+        &mut self,
+        pending: &[Pending],
+        mut fate: impl FnMut(&mut Rng, usize, usize) -> Fate,
+    ) -> Crash {
         let mut crash = Crash {
             point: self.point,
-            lost: Vec::new(),
-            torn: Vec::new(),
+            fates: Vec::new(),
             images: self.durable.clone(),
         };
-        let survivors = 1 + self.rng.below(7);
-        let last = self.pending.len().wrapping_sub(1);
-        for (i, pending) in self.pending.iter().enumerate() {
-            let fate = match variant {
-                0 => Fate::Survives,
-                1 => Fate::Lost,
-                2 if i == last => Fate::Survives,
-                2 => Fate::Lost,
-                _ => Fate::random(&mut self.rng, survivors),
-            };
-            match fate {
-                Fate::Survives => {}
-                Fate::Torn => crash.torn.push(pending.record),
-                Fate::Lost | Fate::LostButLength => crash.lost.push(pending.record),
+        for (i, pending) in pending.iter().enumerate() {
+            let fate = fate(&mut self.rng, i, pending.record);
+            if fate != Fate::Survives {
+                crash.fates.push((pending.record, fate));
             }
             let record = &self.history.records[pending.record];
-            apply(&mut crash.images, record, fate, &mut self.rng);
+            apply(&mut crash.images, record, fate);
         }
         crash
     }
 }
 
-fn apply(images: &mut [Image], record: &Record, fate: Fate, rng: &mut Rng) {
+fn apply(images: &mut [Image], record: &Record, fate: Fate) {
     let image = &mut images[record.disk];
     let range = match &record.change {
         Change::Write { offset, bytes } => *offset..*offset + bytes.len() as u64,
         Change::Zero { offset, len } | Change::Punch { offset, len } => *offset..*offset + *len,
         Change::SetLen(len) => {
-            if matches!(fate, Fate::Survives | Fate::Torn) {
+            if matches!(fate, Fate::Survives | Fate::Torn(_)) {
                 image.set_len(*len);
             }
             return;
@@ -236,7 +275,7 @@ fn apply(images: &mut [Image], record: &Record, fate: Fate, rng: &mut Rng) {
             return;
         }
         Fate::Survives => Survivors::All,
-        Fate::Torn => Survivors::some(rng, range.start, range.end),
+        Fate::Torn(seed) => Survivors::some(&mut Rng::new(seed), range.start, range.end),
     };
     match &record.change {
         Change::Write { offset, bytes } => {

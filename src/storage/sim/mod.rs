@@ -54,7 +54,7 @@ mod rng;
 #[cfg(test)]
 mod tests;
 
-pub use crash::{Crash, CrashImages, crash_images};
+pub use crash::{Crash, CrashImages, Fate, crash_image, crash_images};
 pub use disk::{Fault, SimDisk, SimKind, SimRequest};
 pub use history::{Change, History, Record};
 pub use hold::Hold;

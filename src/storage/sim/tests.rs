@@ -184,6 +184,10 @@ fn the_same_seed_gives_the_same_crashes() {
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
     assert_eq!(run(1).len(), 1 + 20 * 8);
+    for crash in crash_images(&history, 3, 5) {
+        let again = crash_image(&history, crash.point, &crash.fates);
+        assert_eq!(again.images, crash.images, "{crash}");
+    }
 }
 
 #[test]
