@@ -74,7 +74,7 @@ pub(crate) fn search(case: &Case, effort: Effort) -> Result<Seen, Failure> {
         if !ask && !(flushed && rng.chance(1, 4)) {
             continue;
         }
-        let with_qemu = rng.chance(1, effort.qemu);
+        let with_qemu = rng.chance(1, effort.qemu) && case.shape.luks != 2;
         judge_one(&case.shape, &mut judge, &crash, rng.next_u64(), with_qemu)?;
         seen.states += 1;
         seen.qemu += u64::from(with_qemu);
@@ -128,8 +128,9 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
-/// Searches cases from `seed` on until `states` were judged.
-fn explore(states: u64, seed: u64, effort: Effort) {
+/// Searches cases from `seed` on until `states` were judged; the features that
+/// none of them had.
+fn explore(states: u64, seed: u64, effort: Effort) -> Vec<&'static str> {
     let began = Instant::now();
     let mut seen = Seen::default();
     let mut cases = 0;
@@ -170,8 +171,7 @@ fn explore(states: u64, seed: u64, effort: Effort) {
         strange.is_empty(),
         "features without a place in the list: {strange:?}"
     );
-    let missed: Vec<_> = known.difference(&found).collect();
-    assert!(missed.is_empty(), "not covered: {missed:?}");
+    known.difference(&found).copied().collect()
 }
 
 /// A bounded search; a long one, or one case again, if the environment says
@@ -209,7 +209,8 @@ fn power_cuts_are_survived() {
                 qemu: 300,
                 seed,
             };
-            explore(2500, seed, effort);
+            let missed = explore(2500, seed, effort);
+            assert!(missed.is_empty(), "not covered: {missed:?}");
         }),
         states => {
             let effort = Effort {
@@ -218,7 +219,8 @@ fn power_cuts_are_survived() {
                 qemu: 2000,
                 seed,
             };
-            explore(states, seed, effort);
+            let missed = explore(states, seed, effort);
+            println!("not covered: {missed:?}");
         }
     }
 }

@@ -86,6 +86,7 @@ fn hunt(rule: Rule) -> (u64, Option<String>) {
 fn the_search_finds_every_broken_rule() {
     let mut missed = Vec::new();
     for rule in Rule::ALL {
+        println!("{rule:?} ...");
         let (states, found) = {
             let _broken = rule.break_here();
             hunt(rule)

@@ -15,7 +15,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// that `look` takes from them.
 fn outcomes<T: std::hash::Hash + Eq>(disk: &SimDisk, look: impl Fn(&[Image]) -> T) -> HashSet<T> {
     let history = disk.history();
-    (0..50)
+    (0..200)
         .flat_map(|seed| crash_images(&history, seed, 20).collect::<Vec<_>>())
         .filter(|crash| crash.point == history.records.len())
         .map(|crash| look(&crash.images))
