@@ -171,7 +171,8 @@ fn explore(states: u64, seed: u64, effort: Effort) -> Vec<&'static str> {
         strange.is_empty(),
         "features without a place in the list: {strange:?}"
     );
-    known.difference(&found).copied().collect()
+    let all = features::ALL.iter().copied();
+    all.filter(|name| !seen.features.contains(*name)).collect()
 }
 
 /// A bounded search; a long one, or one case again, if the environment says

@@ -21,7 +21,10 @@ fn field(rule: Rule) -> (&'static str, &'static str) {
         | Rule::FlushSyncs
         | Rule::FuaFlushes => ("v3 c=4096 s=200", "[0w0+9F 1w40+8 0f 1w90+4F 0w120+8 1f]"),
         Rule::UnmappingBeforeFree => ("v3 c=4096 s=200", "[0w0+80] [0f] [0d0+80] [0f]"),
-        Rule::UnmappingBeforeReuse => ("v3 c=4096 s=200", "[0w0+80] [0f] [0d0+80] [0w100+50]"),
+        Rule::UnmappingBeforeReuse => (
+            "v3 c=65536 s=9000",
+            "[0w0+8192] [0f] [0d0+8192] [0w8192+600 0w0+4000]",
+        ),
         Rule::TableBeforeL1 => ("v3 c=512 s=300", "[0w0+3 0w70+3 0w140+3 0w200+3]"),
         Rule::BlockBeforeTable => ("v3 c=512 s=300 r=64", "[0w0+80 0f 0w100+90 0f]"),
         Rule::TableBeforeHeader => (
