@@ -167,9 +167,6 @@ impl<'a> Checked<'a> {
             let _ = last;
             add(header.snapshots_offset, end - header.snapshots_offset.0);
         }
-        if let Some((offset, len)) = header.crypto_header() {
-            add(offset, len);
-        }
         self.count_bitmaps(&mut add);
         let mut copied_flags = Vec::new();
         let active = (header.l1_table_offset, header.l1_size, true);

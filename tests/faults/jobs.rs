@@ -325,7 +325,9 @@ async fn rebase(disk: &SimDisk, old: &[u8], new: &[u8], name: &str) -> Result<()
         file: name.into(),
         format: Some("raw".to_owned()),
     };
-    let rebased = engine.rebase(layers, Some(&backing), false, &mut |_, _| {}).await;
+    let rebased = engine
+        .rebase(layers, Some(&backing), false, &mut |_, _| {})
+        .await;
     let closed = engine.close().await;
     rebased.and(closed)
 }

@@ -71,7 +71,8 @@ pub(crate) fn search(case: &Case, effort: Effort) -> Result<Seen, Failure> {
         // later may be needed.
         let flushed = ran.log.flushes.iter().any(|f| f.complete == crash.point);
         let ask = rng.chance(states.min(total.max(1)), total.max(1));
-        if !ask && !(flushed && rng.chance(1, 4)) {
+        let ask = ask || flushed && rng.chance(1, 4);
+        if !ask {
             continue;
         }
         let with_qemu = rng.chance(1, effort.qemu) && case.shape.luks != 2;

@@ -15,13 +15,16 @@ use super::run::{Ran, text};
 use super::shape::{Below, Data, Shape};
 use super::{Verdict, bitmaps, ensure};
 
+/// A world, and the values that each of its sectors may have.
+type Allowed<'a> = (&'a World, Vec<Vec<Value>>);
+
 /// A history and what is found out about it once.
 pub(crate) struct Judge<'a> {
     case: &'a Case,
     ran: &'a Ran,
     /// What sectors may hold at the point that was asked for last, for each
     /// world that may be there.
-    allowed: (usize, Vec<(&'a World, Vec<Vec<Value>>)>),
+    allowed: (usize, Vec<Allowed<'a>>),
 }
 
 /// What a state turned out to be.

@@ -42,7 +42,7 @@ pub(crate) fn run(case: &Case) -> Verdict<Ran> {
             };
             done.map_err(|e| format!("step {number} ({step}): {e}"))?;
         }
-        if case.order % 2 == 0 && session.engine.is_some() {
+        if case.order.is_multiple_of(2) && session.engine.is_some() {
             session.close().await?;
         }
         Ok(session.end())

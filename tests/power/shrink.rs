@@ -2,7 +2,7 @@
 
 use qcow2_ublk::storage::sim::Fate;
 
-use super::case::{Case, Cut};
+use super::case::Case;
 use super::explore::{Effort, Failure, search};
 use super::op::Step;
 
@@ -105,8 +105,7 @@ impl Shrinker {
         let Some(cut) = self.failure.cut.clone() else {
             return;
         };
-        let with = |cut: Cut| Some(cut);
-        self.case.cut = with(cut.clone());
+        self.case.cut = Some(cut.clone());
         let again = self.case.clone();
         if !self.take(again) {
             // What is done with the state afterwards decides too.

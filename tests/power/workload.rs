@@ -15,6 +15,7 @@ pub(crate) fn random(shape: &Shape, rng: &mut Rng) -> Vec<Step> {
         sectors: shape.sectors,
         tasks: 0,
         centre: 0,
+        snapshots: Vec::new(),
     };
     work.tasks = 1 + work.rng.below(5) as u8;
     let waves = 2 + work.rng.below(4);
@@ -47,6 +48,8 @@ struct Work<'a> {
     tasks: u8,
     /// Where most of a wave's requests are.
     centre: u64,
+    /// Names that snapshots were made under.
+    snapshots: Vec<char>,
 }
 
 impl Work<'_> {
@@ -112,12 +115,12 @@ impl Work<'_> {
         let name = NAMES[self.rng.below(3) as usize];
         match self.rng.below(30) {
             0..3 => Action::Reopen,
-            3..5 => Action::Snapshot(name),
-            5 => Action::Unsnapshot(name),
-            6..8 => Action::Apply(name),
-            8 => Action::OfflineSnapshot(name),
-            9 | 29 => Action::OfflineUnsnapshot(name),
-            10 => Action::OfflineApply(name),
+            3..5 => Action::Snapshot(self.new_snapshot(name)),
+            5 => Action::Unsnapshot(self.snapshot(name)),
+            6..8 => Action::Apply(self.snapshot(name)),
+            8 => Action::OfflineSnapshot(self.new_snapshot(name)),
+            9 | 29 => Action::OfflineUnsnapshot(self.snapshot(name)),
+            10 => Action::OfflineApply(self.snapshot(name)),
             11..14 => self.resize(),
             14..18 => Action::Bitmap(name, 9 + self.rng.below(6) as u8),
             18 => Action::Unbitmap(name),
@@ -129,6 +132,20 @@ impl Work<'_> {
             24 => Action::Lazy(self.rng.chance(1, 2)),
             25..27 if self.shape.below != Below::Nothing => Action::Commit,
             _ => Action::Reopen,
+        }
+    }
+
+    fn new_snapshot(&mut self, name: char) -> char {
+        self.snapshots.push(name);
+        name
+    }
+
+    /// One that was made, where there is any: to delete or apply others is
+    /// only refused.
+    fn snapshot(&mut self, otherwise: char) -> char {
+        match self.snapshots.len() as u64 {
+            0 => otherwise,
+            made => self.snapshots[self.rng.below(made) as usize],
         }
     }
 
