@@ -1,4 +1,4 @@
-//! Rows of docs/testing.md that are no other test's subject: extremes of the
+//! Rows of docs/testing/names.md that are no other test's subject: extremes of the
 //! disk, small damage, and images far larger than what is cached.
 
 mod common;

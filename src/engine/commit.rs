@@ -79,9 +79,8 @@ impl Commit {
     pub async fn copy(&self, progress: &mut Progress<'_>) -> Result<()> {
         let copied = self.copy_all(progress).await;
         let closed = match &self.base {
-            _ if Rule::BaseBeforeEmpty.is_broken() => Ok(()),
-            Base::Qcow2(engine) => engine.close().await,
-            Base::Raw(storage) => storage.sync().await,
+            Base::Qcow2(engine) if !Rule::BaseBeforeEmpty.is_broken() => engine.close().await,
+            _ => Ok(()),
         };
         copied.and(closed)
     }
@@ -129,6 +128,7 @@ impl Commit {
             progress(at, size);
         }
         match &self.base {
+            _ if Rule::BaseBeforeEmpty.is_broken() => Ok(()),
             Base::Qcow2(engine) => engine.flush().await,
             Base::Raw(storage) => storage.sync().await,
         }

@@ -78,9 +78,9 @@ impl Image {
     }
 
     async fn store_marks(&self, marks: Incompatible) -> Result<()> {
-        self.write_header(INCOMPATIBLE_AT, &marks.bits().to_be_bytes())
-            .await?;
         if !marks.contains(Incompatible::DIRTY) || !Rule::DirtyBeforeLazy.is_broken() {
+            self.write_header(INCOMPATIBLE_AT, &marks.bits().to_be_bytes())
+                .await?;
             self.storage.sync().await?;
         }
         lock(&self.header).incompatible = marks;
