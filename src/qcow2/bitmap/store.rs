@@ -45,7 +45,10 @@ impl Claims<'_> {
             count,
             zeroed: false,
         });
-        Ok(HostOffset::of_cluster(first, image.geometry.cluster_bits))
+        let offset = HostOffset::of_cluster(first, image.geometry.cluster_bits);
+        // Refcounts that lie give metadata out as free.
+        image.check_overlap(offset, count << image.geometry.cluster_bits)?;
+        Ok(offset)
     }
 
     /// Takes clusters, writes `bytes` and zeros behind them.
