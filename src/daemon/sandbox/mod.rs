@@ -34,7 +34,9 @@
 //! folder of records, where files can be removed (where there is Landlock;
 //! nowhere without); names and attributes of files, which `stat` shows;
 //! datagrams to sockets with a path, which the journal needs, before Linux 7.1;
-//! the steward's few commands for this one device.
+//! the steward's few commands for this one device. Workers that the kernel made
+//! for a ring before its thread dropped its capabilities keep them until they
+//! end: they run no code of ours, and only what the ring may do.
 //!
 //! Every part is best effort, by what the kernel has; [`Parts`] says what holds.
 
