@@ -245,6 +245,12 @@ impl Server<'_> {
             (Some(record), None) => record.remove(),
             (None, _) => {}
         }
+        // Nor may a lock or a file system still be held then: whoever was told of
+        // the end unmounts it, or starts QEMU.
+        if Arc::into_inner(self.engine).is_none() {
+            tracing::debug!("somebody still has the image's files");
+        }
+        drop(self.runtime);
         let deleted = stopped.and_then(|stopped| stopped.delete());
         waited.map(drop).and(closed).and(deleted)
     }

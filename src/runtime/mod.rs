@@ -324,6 +324,32 @@ mod tests {
     }
 
     #[test]
+    fn a_runtime_that_is_gone_holds_no_file() {
+        use nix::fcntl::{Flock, FlockArg};
+
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let lock = || {
+            let file = File::open(path.path()).unwrap();
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)
+        };
+        for round in 0..50 {
+            let runtime = Runtime::uring(8).unwrap();
+            let held = lock().unwrap_or_else(|errno| panic!("round {round}: {errno}"));
+            let fd = held.as_raw_fd();
+            runtime.register_file(fd).unwrap();
+            let mut buf = Buf::take(512);
+            runtime
+                .block_on(async { ops::read(fd, &mut buf, 0).await })
+                .unwrap();
+            // Not unlocked: the lock goes with the last that has the file open.
+            std::mem::forget(held);
+            closing_file(fd);
+            nix::unistd::close(fd).unwrap();
+            drop(runtime);
+        }
+    }
+
+    #[test]
     fn another_thread_wakes_a_sleeping_one() {
         for runtime in runtimes() {
             let list = Arc::new(sync::WaitList::default());

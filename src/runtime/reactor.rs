@@ -82,6 +82,14 @@ impl Drop for Reactor {
         // Tasks own operations, whose drop waits for the ring: they go first.
         let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
         drop(tasks);
+        // The kernel takes a ring apart some time after it is closed. Files are
+        // closed when they are closed: their locks and file systems are waited for.
+        if let Some(ring) = self.ring.get_mut() {
+            let nothing = [-1; FILE_SLOTS as usize];
+            if let Err(error) = ring.submitter().register_files_update(0, &nothing) {
+                tracing::debug!("files stay open until the ring is gone: {error}");
+            }
+        }
     }
 }
 

@@ -409,6 +409,26 @@ sandboxed() {
     sound disk.qcow2
 }
 
+# When `del` is back, nobody has the image: its file system can be unmounted and
+# QEMU takes its locks, at once and every time.
+released() {
+    local device n
+    truncate -s 64M fs
+    mkfs.ext4 -q fs
+    mkdir mnt
+    for n in {1..15}; do
+        mount -o loop fs mnt
+        [[ -e mnt/disk.qcow2 ]] || qcow2-ublk create mnt/disk.qcow2 16M
+        device=$(qcow2-ublk add "$@" mnt/disk.qcow2)
+        dd if=/dev/urandom of="$device" bs=64k count=8 oflag=direct status=none
+        qcow2-ublk del "$device"
+        if ((n % 2)); then
+            qemu-io -c "write 0 4k" mnt/disk.qcow2 >qemu || { cat qemu; return 1; }
+        fi
+        umount mnt
+    done
+}
+
 begin "$@"
 paths=(copy user-copy)
 [[ $(uname -r) == 6.1[0-5].* ]] || paths+=(auto-buf)
@@ -432,6 +452,7 @@ for path in "${paths[@]}"; do
     try "subclusters ($path)" other_format "$path" extended_l2=on,cluster_size=128k
     try "data file ($path)" other_format "$path" data_file=data,data_file_raw=on
     try "LUKS ($path)" other_format "$path" encrypt.format=luks,encrypt.iter-time=10
+    try "nothing is held after del ($path)" released --data-path "$path" --queues 3
     try "del during I/O ($path)" deleted_during_io --data-path "$path" --queues 2
     try "SIGTERM during I/O ($path)" terminated_during_io --data-path "$path" --queues 2
 done
