@@ -171,6 +171,11 @@ impl Bitmaps {
         self.0.is_empty()
     }
 
+    /// One of them is good only to be removed.
+    pub fn has_lost(&self) -> bool {
+        self.0.iter().any(|tracked| tracked.lost)
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &Vec<u8>> {
         self.0.iter().map(|tracked| &tracked.name)
     }

@@ -204,6 +204,8 @@ impl Op {
                 (kind, None) => kind == ErrorKind::Unsupported,
                 _ => false,
             },
+            // Nobody knows how large such a bitmap should be.
+            Self::Grow { .. } if error.kind() == ErrorKind::Corrupt => state.bitmaps.has_lost(),
             // Narrow refcounts cannot count another owner; version 2 does not say
             // how large a snapshot's disk is.
             Self::CreateSnapshot | Self::Compressed { .. } | Self::Grow { .. } => {
