@@ -53,6 +53,11 @@ fn entries(input: &mut Input<'_>) {
         for copied in [false, true] {
             let changed = entry.with_copied(copied);
             assert_eq!(changed.subclusters(), entry.subclusters());
+            // In an external data file, the flag tells the first cluster from
+            // none at all.
+            if changed.host() == Some((HostOffset(0), false)) {
+                continue;
+            }
             let raw = changed.encode(&geometry);
             assert_eq!(L2Entry::decode(raw, &geometry), Ok(changed));
         }
