@@ -6,7 +6,7 @@ use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_ublk::qcow2::{BitmapAction, BitmapInfo, ImageOptions};
 use qcow2_ublk::storage::sim::{Image, SimDisk};
 
-use super::common::lab;
+use super::common::{self, lab};
 use super::input::Input;
 use super::view::header_of;
 use super::{images, recipe};
@@ -18,11 +18,11 @@ pub fn run(data: &[u8]) {
     directory(&image);
     let disk = SimDisk::with_image(image);
     reading(&disk);
-    let sound = lab::block_on(images::is_sound(&disk));
-    lab::block_on(writing(&disk, action, at));
+    let sound = common::block_on(images::is_sound(&disk));
+    common::block_on(writing(&disk, action, at));
     if sound {
         assert!(
-            lab::block_on(images::is_sound(&disk)),
+            common::block_on(images::is_sound(&disk)),
             "it was sound before"
         );
     }
@@ -68,7 +68,7 @@ fn directory(image: &Image) {
 /// Every bitmap, as far as it can be read.
 fn reading(disk: &SimDisk) {
     let recorded = disk.recorded();
-    lab::block_on(async {
+    common::block_on(async {
         let Ok(engine) = images::open_to_read(disk).await else {
             return;
         };

@@ -5,15 +5,14 @@ use qcow2_ublk::qcow2::check::Severity;
 use qcow2_ublk::storage::sim::SimDisk;
 
 use super::common::check::Checked;
-use super::common::lab;
 use super::input::Input;
 use super::view::View;
-use super::{images, recipe};
+use super::{common, images, recipe};
 
 pub fn run(data: &[u8]) {
     let image = recipe::image(&mut Input(data));
     let disk = SimDisk::with_image(image.clone());
-    let (report, findings) = match lab::block_on(images::check(&disk)) {
+    let (report, findings) = match common::block_on(images::check(&disk)) {
         Ok(found) => found,
         Err(error) => return super::header::is_said_well(&error),
     };
@@ -28,7 +27,7 @@ pub fn run(data: &[u8]) {
     for finding in &findings {
         assert!(finding.to_string().len() < 1000);
     }
-    let again = lab::block_on(images::check(&disk)).expect("as before");
+    let again = common::block_on(images::check(&disk)).expect("as before");
     assert_eq!(again, (report, findings));
     // What it calls clean, a simpler checker does too.
     if (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0)

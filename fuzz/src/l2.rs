@@ -5,7 +5,7 @@ use qcow2_ublk::qcow2::spec::l2::RawL2Entry;
 use qcow2_ublk::qcow2::spec::{Geometry, HostOffset, L1Entry, L2Entry};
 use qcow2_ublk::storage::sim::SimDisk;
 
-use super::common::lab;
+use super::common::{self, lab};
 use super::input::Input;
 use super::recipe;
 use super::view::View;
@@ -43,13 +43,21 @@ fn entries(input: &mut Input<'_>) {
         let Ok(entry) = L2Entry::decode(raw, &geometry) else {
             continue;
         };
-        assert_eq!(entry.encode(&geometry), raw);
+        // Without an offset, the COPIED flag says nothing.
+        if entry.host().is_some() || descriptor >> 63 == 0 {
+            assert_eq!(entry.encode(&geometry), raw);
+        }
         let mut bytes = [0; 16];
         raw.write(&mut bytes, &geometry);
         assert_eq!(RawL2Entry::read(&bytes, &geometry), raw);
         for copied in [false, true] {
             let changed = entry.with_copied(copied);
             assert_eq!(changed.subclusters(), entry.subclusters());
+            // In an external data file, the flag tells the first cluster from
+            // none at all.
+            if changed.host() == Some((HostOffset(0), false)) {
+                continue;
+            }
             let raw = changed.encode(&geometry);
             assert_eq!(L2Entry::decode(raw, &geometry), Ok(changed));
         }
@@ -76,7 +84,7 @@ fn reads(input: &mut Input<'_>) {
     let Some(view) = View::open(&image) else {
         return;
     };
-    lab::block_on(async {
+    common::block_on(async {
         let disk = SimDisk::with_image(image.clone());
         // Read-only, that is: an image that is marked corrupt is read too.
         let Ok(engine) = super::images::open_to_read(&disk).await else {

@@ -15,8 +15,8 @@ use super::places::{Place, places};
 /// Longest file of a recipe, in bytes: with holes, that is. The format has 56
 /// bits for offsets.
 const MAX_LEN: u64 = 1 << 56;
-/// Bytes of data that one recipe may make.
-const MAX_DATA: u64 = 8 << 20;
+/// Bytes of data that one recipe may make: more would only take longer.
+const MAX_DATA: u64 = 2 << 20;
 
 /// What a step does; the codes are for ever.
 pub mod step {
@@ -102,10 +102,14 @@ fn one_step(input: &mut Input<'_>, base: &Base, image: &mut Image, left: &mut u6
             write(image, at, input.bytes(len));
         }
         step::FILL => {
-            let at = input.u32().into();
+            let at = u64::from(input.u32());
             let len = u64::from(input.u32()).min(4 << 20);
             let byte = input.u8();
-            write(image, at, &vec![byte; len as usize]);
+            let (piece, end) = ([byte; 4096], at + len);
+            for at in (at..end).step_by(piece.len()) {
+                let rest = (end - at).min(piece.len() as u64);
+                write(image, at, &piece[..rest as usize]);
+            }
         }
         step::LENGTH => {
             let shift = input.u8() % 32;

@@ -5,7 +5,7 @@ use qcow2_ublk::qcow2::ImageOptions;
 use qcow2_ublk::qcow2::spec::{Geometry, ReftableEntry, refcount};
 use qcow2_ublk::storage::sim::SimDisk;
 
-use super::common::lab;
+use super::common::{self, lab};
 use super::input::Input;
 use super::{images, recipe};
 
@@ -70,7 +70,7 @@ fn writes(input: &mut Input<'_>) {
         return;
     };
     let disk = SimDisk::with_image(image);
-    lab::block_on(async {
+    common::block_on(async {
         let options = ImageOptions::default();
         let engine = match images::open_to_write(&disk, &options).await {
             Ok(engine) => engine,

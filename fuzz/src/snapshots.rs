@@ -9,7 +9,7 @@ use qcow2_ublk::qcow2::{NewSnapshot, Selector, SnapshotJob};
 use qcow2_ublk::storage::Storage;
 use qcow2_ublk::storage::sim::{Image, SimDisk};
 
-use super::common::lab;
+use super::common::{self, lab};
 use super::input::Input;
 use super::view::{View, header_of};
 use super::{images, recipe};
@@ -19,7 +19,7 @@ pub fn run(data: &[u8]) {
     let job = job(&mut input);
     let image = recipe::image(&mut input);
     let disk = SimDisk::with_image(image.clone());
-    let listed = lab::block_on(async {
+    let listed = common::block_on(async {
         let storage = Storage::simulated_read_only(&disk, 1);
         let _ = info::info(&storage).await;
         info::snapshots(&storage).await
@@ -78,7 +78,7 @@ fn shows_what_it_says(image: &Image, snapshot: &Snapshot) {
         id: snapshot.id.clone(),
         name: snapshot.name.clone(),
     };
-    lab::block_on(async {
+    common::block_on(async {
         let disk = SimDisk::with_image(image.clone());
         let Ok(engine) = images::open_snapshot(&disk, which).await else {
             return;
@@ -103,16 +103,19 @@ fn shows_what_it_says(image: &Image, snapshot: &Snapshot) {
 
 fn jobs(image: &Image, job: &SnapshotJob) {
     let disk = SimDisk::with_image(image.clone());
-    let sound = lab::block_on(images::is_sound(&disk));
+    let sound = common::block_on(images::is_sound(&disk));
     let before = View::open(image).map(|view| view.content());
-    let done = lab::block_on(job.run(&Storage::simulated(&disk, 1)));
+    let done = common::block_on(job.run(&Storage::simulated(&disk, 1)));
     if let Err(error) = &done {
         assert!(error.to_string().len() > 8);
     }
     if !sound {
         return;
     }
-    assert!(lab::block_on(images::is_sound(&disk)), "{job:?}: {done:?}");
+    assert!(
+        common::block_on(images::is_sound(&disk)),
+        "{job:?}: {done:?}"
+    );
     let applied = matches!(job, SnapshotJob::Apply(_)) && done.is_ok();
     if let (Some(before), false) = (before, applied) {
         let after = disk.image();

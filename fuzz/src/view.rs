@@ -2,6 +2,7 @@
 //! entry by entry, with nothing of the engine but the decoding of entries.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use qcow2_ublk::codec;
 use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapTableEntry};
@@ -12,8 +13,9 @@ use qcow2_ublk::qcow2::spec::{
 };
 use qcow2_ublk::storage::sim::Image;
 
-/// Most guest clusters that are looked at.
+/// Most guest clusters that are looked at, and most bytes of them.
 pub const MANY: u64 = 600;
+const MANY_BYTES: u64 = 8 << 20;
 
 /// An image whose header is right.
 pub struct View<'a> {
@@ -59,6 +61,7 @@ impl<'a> View<'a> {
         self.geometry
             .clusters_for(self.header.virtual_size())
             .min(MANY)
+            .min(MANY_BYTES >> self.geometry.cluster_bits)
     }
 
     /// The L1 entry over a guest cluster.
@@ -131,10 +134,7 @@ impl<'a> View<'a> {
         let uses = self.uses();
         let is = |cluster: u64, what: u8| uses.get(&cluster).is_some_and(|u| u & what != 0);
         let bits = self.geometry.cluster_bits;
-        let l1 = self.header.l1_table_offset.cluster(bits);
-        let l1_end =
-            (self.header.l1_table_offset + self.header.l1_bytes().max(1) - HostOffset(1)) >> bits;
-        let all = (l1..=l1_end).any(|cluster| is(cluster, TABLE | DATA));
+        let all = self.l1_clusters().any(|cluster| is(cluster, TABLE | DATA));
         (0..self.clusters())
             .map(|n| {
                 let under = match self.l1_entry(n) {
@@ -150,6 +150,20 @@ impl<'a> View<'a> {
             .collect()
     }
 
+    fn l1_clusters(&self) -> RangeInclusive<u64> {
+        let (bits, start) = (self.geometry.cluster_bits, self.header.l1_table_offset);
+        let last = start + self.header.l1_bytes().max(1) - HostOffset(1);
+        start.cluster(bits)..=last >> bits
+    }
+
+    /// Something else is where the header says that the L1 table is.
+    pub fn l1_is_shared(&self) -> bool {
+        let uses = self.uses();
+        self.l1_clusters()
+            .filter_map(|cluster| uses.get(&cluster))
+            .any(|uses| uses & (TABLE | DATA | AGAIN) != 0)
+    }
+
     /// What each cluster of the file is used for.
     fn uses(&self) -> BTreeMap<u64, u8> {
         let mut uses = BTreeMap::new();
@@ -158,7 +172,9 @@ impl<'a> View<'a> {
             let end = offset.0.saturating_add(len).min(self.image.len() + 1);
             if len > 0 && offset.0 < end {
                 for cluster in offset.cluster(bits)..=(end - 1) >> bits {
-                    *uses.entry(cluster).or_default() |= what;
+                    let uses: &mut u8 = uses.entry(cluster).or_default();
+                    let again = *uses & what & OTHER != 0;
+                    *uses |= what | if again { AGAIN } else { 0 };
                 }
             }
         };
@@ -238,3 +254,5 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const OTHER: u8 = 1;
 const TABLE: u8 = 2;
 const DATA: u8 = 4;
+/// More than one piece of metadata other than L2 tables.
+const AGAIN: u8 = 8;

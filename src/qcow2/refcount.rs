@@ -171,6 +171,36 @@ impl Refcounts {
         Ok(place.map_or(0, |p| (p.slice.word(p.word) >> p.shift) & self.max()))
     }
 
+    /// The last cluster in use of those that block number `index` counts. Most
+    /// of a block is zeros: they are passed in words.
+    pub(crate) async fn last_used(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        index: u64,
+    ) -> Result<Option<u64>> {
+        let per_word = u64::from(u64::BITS / self.geometry.refcount_bits());
+        let per_slice = self.per_slice(cache);
+        let first = index * self.per_block();
+        for nth in (0..self.per_block() / per_slice).rev() {
+            let start = first + nth * per_slice;
+            let Some(Place { slice, .. }) = self.place(cache, storage, start).await? else {
+                return Ok(None);
+            };
+            let words = (per_slice / per_word) as usize;
+            let Some(word) = (0..words).rev().find(|&word| slice.word(word) != 0) else {
+                continue;
+            };
+            let counted = start + word as u64 * per_word;
+            for cluster in (counted..counted + per_word).rev() {
+                if self.get(cache, storage, cluster).await? != 0 {
+                    return Ok(Some(cluster));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// Adds `delta` to a cluster's refcount; the new one. The block exists.
     ///
     /// A count that would leave its range is refused and nothing is changed.
@@ -275,6 +305,14 @@ mod tests {
                 assert_eq!(get(6).await.unwrap(), highest);
                 assert_eq!(get(7).await.unwrap(), 1);
                 assert_eq!(get(8).await.unwrap(), 0);
+                let last = refcounts.last_used(&cache, &storage, 0).await;
+                assert_eq!(last.unwrap(), Some(7));
+                let per_block = geometry.refcounts_per_block();
+                assert_eq!(adjust(per_block - 1, 1).await.unwrap(), 1);
+                let last = refcounts.last_used(&cache, &storage, 0).await;
+                assert_eq!(last.unwrap(), Some(per_block - 1));
+                let none = refcounts.last_used(&cache, &storage, 1).await;
+                assert_eq!(none.unwrap(), None, "no block");
             });
         }
     }

@@ -438,6 +438,82 @@ fn row_18_l2_entry_aimed_at_the_reftable() {
     check_clean(&path);
 }
 
+/// For QEMU such an entry is unallocated (its check says nothing, and its reads
+/// go to what is below), or zeros where it says so; what it makes of such an
+/// image, we make of it.
+#[test]
+fn copied_without_an_offset_says_nothing() {
+    for (options, zeros) in [
+        (",compat=0.10", None),
+        (",compat=1.1", Some(vec![1 << 63 | 1_u64])),
+        (",extended_l2=on", Some(vec![1 << 63, 0xffff_ffff << 32])),
+    ] {
+        let folder = Folder::new();
+        folder.raw("base", &vec![0x77; M as usize]);
+        let path = folder.overlay("top", "base", "raw", options, M);
+        qemu_io(&path, &["write -P 1 0 64k"]);
+        let reader = Reader::open(&path);
+        let l2 = reader.be64(reader.header.l1_table_offset) & 0x00ff_ffff_ffff_fe00;
+        let len = reader.geometry().l2_entry_bytes();
+        let set = |cluster: u64, words: &[u64]| {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+            poke(&path, l2 + cluster * len, &bytes);
+        };
+        for cluster in 1..8 {
+            set(cluster, &[1 << 63]);
+        }
+        for cluster in 8..12 {
+            set(cluster, zeros.as_deref().unwrap_or(&[1 << 63]));
+        }
+        let zeros = if zeros.is_some() { 0 } else { 0x77 };
+        let found = qcow2_ublk::report::check(&path, true, |_| {}).unwrap();
+        assert_eq!(
+            (found.corruptions, found.check_errors, found.leaks),
+            (0, 0, 0)
+        );
+        check_clean(&path);
+        let before = std::fs::read(&path).unwrap();
+        qcow2_ublk::report::repair(&path, qcow2_ublk::qcow2::check::Repair::All, |_| {}).unwrap();
+        assert!(
+            std::fs::read(&path).unwrap() == before,
+            "a repair is nothing to it"
+        );
+        // The same requests to us and to QEMU.
+        let theirs = folder.path("theirs");
+        std::fs::copy(&path, &theirs).unwrap();
+        let disk = open_rw(&path);
+        assert_reads(&disk, 64 * K, 448 * K, 0x77);
+        assert_reads(&disk, 512 * K, 256 * K, zeros);
+        write(&disk, 64 * K, 64 * K, 2);
+        write(&disk, 130 * K, 4 * K, 3);
+        disk.write_zeroes_at(192 * K, 64 * K, false).unwrap();
+        disk.discard_at(256 * K, 64 * K).unwrap();
+        write(&disk, 514 * K, 4 * K, 4);
+        disk.write_zeroes_at(576 * K, 64 * K, true).unwrap();
+        disk.discard_at(640 * K, 64 * K).unwrap();
+        let ours = close_and_compare(disk, &path);
+        let requests = [
+            "write -P 2 64k 64k",
+            "write -P 3 130k 4k",
+            "write -z 192k 64k",
+            "discard 256k 64k",
+            "write -P 4 514k 4k",
+            "write -z -u 576k 64k",
+            "discard 640k 64k",
+        ];
+        qemu_io(&theirs, &requests);
+        assert!(
+            qemu_content(&theirs, &[]) == ours,
+            "{options}: QEMU made another disk"
+        );
+        assert!(
+            read(&open_ro(&theirs), 0, M) == ours,
+            "{options}: we read another disk"
+        );
+        check_clean(&theirs);
+    }
+}
+
 #[test]
 fn row_24_discarded_and_reused_clusters_keep_the_new_data() {
     let folder = Folder::new();

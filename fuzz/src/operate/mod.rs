@@ -1,25 +1,32 @@
-//! An image is opened and worked on, while operations of its disk fail and the
-//! power goes; all the time it shows what a flat disk would, and in the end it
-//! is sound. The order of requests, the faults and the cuts are the input.
+//! An image is opened and worked on, while operations of its disks fail and
+//! the power goes; all the time it shows what a flat disk would, and in the end
+//! it is sound. The order of requests, the faults and the cuts are the input.
 
+mod bitmaps;
+mod judge;
 mod model;
 mod ops;
 mod shape;
+mod state;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use qcow2_ublk::Result;
 use qcow2_ublk::engine::Engine;
+use qcow2_ublk::qcow2::Barrier;
 use qcow2_ublk::runtime::spawn;
 use qcow2_ublk::storage::sim::{Fault, SimDisk, crash_images};
 
 use super::common::check::Checked;
 use super::common::lab::{self, How};
+use super::common::{self, read_all};
 use super::input::Input;
 use model::{End, Model, SECTOR};
 use ops::Op;
 use shape::Shape;
+use state::{Found, Made, State};
 
 /// Most steps of one input.
 const STEPS: usize = 48;
@@ -29,7 +36,7 @@ pub fn run(data: &[u8]) {
     let Some(shape) = shape::choose(&mut input) else {
         return;
     };
-    lab::block_on(async {
+    common::block_on(async {
         let mut work = Work::begin(shape).await;
         for _ in 0..STEPS {
             if input.is_empty() || !work.step(&mut input).await {
@@ -42,7 +49,9 @@ pub fn run(data: &[u8]) {
 
 /// With `FUZZ_TRACE` in the environment, what is done is told.
 fn tell(what: impl FnOnce() -> String) {
-    if std::env::var_os("FUZZ_TRACE").is_some() {
+    static TOLD: std::sync::LazyLock<bool> =
+        std::sync::LazyLock::new(|| std::env::var_os("FUZZ_TRACE").is_some());
+    if *TOLD {
         eprintln!("{}", what());
     }
 }
@@ -52,9 +61,9 @@ struct Work {
     disk: SimDisk,
     how: How,
     engine: Arc<Engine>,
-    model: Model,
-    /// The snapshot made here: what it has to show.
-    made: Option<Model>,
+    state: State,
+    /// Clusters that requests were about.
+    touched: BTreeSet<u64>,
     /// An operation has failed since the image was opened.
     failed: Arc<AtomicBool>,
     /// Space may have been lost.
@@ -66,12 +75,19 @@ struct Work {
 impl Work {
     async fn begin(shape: Shape) -> Self {
         let disk = SimDisk::with_image(shape.image.clone());
-        let how = shape.how.clone();
+        let mut how = shape.how.clone();
+        how.data = shape.data.as_ref().map(|data| disk.beside(data.clone()));
         let engine = lab::open(&disk, &how).await.expect("it is sound");
+        let checked = Checked::open(&shape.image).expect("it is sound");
+        let found = Found::of(&checked, &shape.image);
         Self {
-            model: Model::new(shape.content.clone()),
+            state: State {
+                model: Model::new(shape.content.clone()),
+                made: None,
+                bitmaps: bitmaps::Bitmaps::of(&found.bitmaps, &shape.content),
+            },
             engine: Arc::new(engine),
-            made: None,
+            touched: BTreeSet::new(),
             failed: Arc::default(),
             leaky: false,
             over: false,
@@ -85,13 +101,13 @@ impl Work {
     async fn step(&mut self, input: &mut Input<'_>) -> bool {
         match input.u8() {
             0..160 => {
-                let op = Op::choose(input, &self.model, self.made.is_some());
+                let op = self.choose(input);
                 self.one(op).await;
             }
             160..190 => {
                 let (seed, count) = (input.u8(), 2 + input.u8() % 3);
                 let ops: Vec<Op> = (0..count)
-                    .map(|_| Op::request(input, &self.model))
+                    .map(|_| Op::request(input, &self.state.model))
                     .collect();
                 self.together(ops, seed).await;
             }
@@ -101,11 +117,15 @@ impl Work {
             238..244 => self.die().await,
             _ => {
                 let (whole, part, seed) = (input.u8(), input.u8(), input.u8());
-                let op = Op::choose(input, &self.model, self.made.is_some());
-                self.cut_during(op, whole, part, seed).await;
+                let op = self.choose(input);
+                self.cut_during(op, whole & 1 == 0, part, seed).await;
             }
         }
         !self.over
+    }
+
+    fn choose(&self, input: &mut Input<'_>) -> Op {
+        Op::choose(input, &self.state, self.shape.with_bitmaps)
     }
 
     fn may_fail(&self) -> bool {
@@ -118,23 +138,49 @@ impl Work {
             return;
         };
         assert!(
-            self.may_fail() || op.may_be_refused(error),
+            self.may_fail() || op.may_be_refused(error, &self.state),
             "{op:?}: {error:?}"
         );
         self.leaky = true;
     }
 
+    /// Whether the operation, which is about to begin, and all before it are
+    /// durable when it succeeds.
+    fn promises(&mut self, op: &Op) -> bool {
+        let Some((first, count)) = op.sectors() else {
+            return false;
+        };
+        let cluster = self.cluster();
+        let mut maps = false;
+        for number in first / cluster..=(first + count - 1) / cluster {
+            maps |= self.touched.insert(number);
+        }
+        match self.how.barrier {
+            Barrier::Full => true,
+            // The first write to a cluster is sure to map it.
+            Barrier::Metadata => maps && self.shape.empty && matches!(op, Op::Write { .. }),
+            _ => false,
+        }
+    }
+
+    /// Sectors of a cluster.
+    fn cluster(&self) -> u64 {
+        self.engine.chain().top().cluster_size() / SECTOR
+    }
+
     async fn one(&mut self, op: Op) {
         tell(|| format!("{op:?}"));
+        let promised = self.promises(&op);
         let result = op.clone().run(Arc::clone(&self.engine)).await;
         self.judge(&op, &result);
-        self.note(&op, &result);
+        self.note(&op, &result, promised).await;
     }
 
     /// Requests that meet each other.
     async fn together(&mut self, ops: Vec<Op>, seed: u8) {
         tell(|| format!("together: {ops:?}"));
         self.disk.shuffle(Some(seed.into()));
+        let promised: Vec<_> = ops.iter().map(|op| self.promises(op)).collect();
         let tasks: Vec<_> = ops
             .iter()
             .map(|op| spawn(op.clone().run(Arc::clone(&self.engine))))
@@ -151,41 +197,64 @@ impl Work {
                 .enumerate()
                 .all(|(m, other)| n == m || !op.meets(other));
             if alone {
-                self.note(op, result);
+                self.note(op, result, promised[n]).await;
             } else {
-                op.change(&mut self.model, End::Unknown);
+                self.change(op, End::Unknown, result.is_ok());
             }
         }
     }
 
-    fn note(&mut self, op: &Op, result: &Result<()>) {
-        let end = match result {
-            Ok(()) => op.end(),
-            Err(_) => End::Unknown,
-        };
-        op.change(&mut self.model, end);
-        match (op, result) {
-            (Op::Flush, Ok(())) => self.model.flush(),
-            (Op::Grow { sectors }, Ok(())) => self.model.grow(*sectors),
-            (Op::CreateSnapshot, Ok(())) => {
-                self.model.flush();
-                self.made = Some(self.model.clone());
-            }
-            (Op::ApplySnapshot, Ok(())) => {
-                self.model = self.made.clone().expect("there is one");
-                self.model.flush();
-            }
-            (Op::DeleteSnapshot, Ok(())) => {
-                self.model.flush();
-                self.made = None;
-            }
+    /// An operation changes sectors; bitmaps that record it `surely`.
+    fn change(&mut self, op: &Op, end: End, surely: bool) {
+        let cluster = self.cluster();
+        let state = &mut self.state;
+        op.change(&mut state.model, end, cluster, self.shape.hides_below);
+        if let Some((first, count)) = op.sectors() {
+            state.bitmaps.mark(first, count, surely);
+        }
+    }
+
+    async fn note(&mut self, op: &Op, result: &Result<()>, promised: bool) {
+        if result.is_err() {
+            self.change(op, End::Unknown, false);
             // The file may have either state, if a sync failed.
-            (op, Err(_)) if op.is_about_the_whole() => self.over |= self.may_fail(),
+            self.over |= op.is_about_the_whole() && self.may_fail();
+            return;
+        }
+        self.change(op, op.end(), true);
+        let state = &mut self.state;
+        match op {
+            Op::Flush => state.model.flush(),
+            Op::Grow { sectors } => state.model.grow(*sectors),
+            Op::CreateSnapshot => {
+                state.model.flush();
+                let image = self.disk.image();
+                let checked = Checked::open(&image).expect("a header");
+                let last = self.shape.snapshots.len();
+                state.made = Some(Made {
+                    model: state.model.clone(),
+                    stored: checked.snapshot_content(last, &self.shape.below),
+                });
+            }
+            Op::ApplySnapshot => {
+                let made = state.made.as_ref().expect("there is one");
+                state.model = made.model.clone();
+                state.model.flush();
+            }
+            Op::DeleteSnapshot => {
+                state.model.flush();
+                state.made = None;
+            }
+            Op::Bitmap { name, change } => match read_all(&self.engine).await {
+                Ok(content) => state.bitmaps.change(name, *change, content),
+                Err(_) => self.over = true,
+            },
+            _ if promised => state.model.flush(),
             _ => {}
         }
     }
 
-    /// One of the next operations of the disk goes wrong.
+    /// One of the next operations of the disks goes wrong.
     fn inject(&mut self, input: &mut Input<'_>) {
         let (how, within) = (input.u8(), input.u8());
         let number = self.disk.operations() + u64::from(within % 32);
@@ -212,10 +281,10 @@ impl Work {
     }
 
     async fn read(&mut self, input: &mut Input<'_>) {
-        let (first, count) = ops::range(input, &self.model);
+        let (first, count) = ops::range(input, &self.state.model);
         let seen = lab::read(&self.engine, 0, first * SECTOR, count * SECTOR).await;
         match seen {
-            Ok(seen) => self.model.sees(first, &seen, "a read"),
+            Ok(seen) => self.state.model.sees(first, &seen, "a read"),
             Err(error) => assert!(self.may_fail(), "a read: {error:?}"),
         }
     }
@@ -224,122 +293,60 @@ impl Work {
         tell(|| "reopen".to_owned());
         let closed = self.engine.close().await;
         assert!(closed.is_ok() || self.may_fail(), "a close: {closed:?}");
-        if closed.is_ok() {
-            self.model.flush();
-        } else {
-            self.leaky = true;
-            self.model.cut();
+        if closed.is_err() {
+            return self.die().await;
         }
-        self.open_again().await;
+        self.state.model.flush();
+        let state = self.state.clone();
+        self.open_again(vec![state], true).await;
     }
 
     /// The program dies, and the host goes on.
     async fn die(&mut self) {
         tell(|| "death".to_owned());
         self.leaky = true;
-        self.model.cut();
-        self.open_again().await;
-    }
-
-    async fn open_again(&mut self) {
-        self.disk.clear_faults();
-        self.leaky |= self.may_fail();
-        self.failed = Arc::default();
-        self.check_soundness(&self.disk);
-        let engine = lab::open(&self.disk, &self.how).await;
-        self.engine = Arc::new(engine.expect("it can be opened again"));
-        assert_eq!(
-            self.engine.size(),
-            self.model.sectors() * SECTOR,
-            "the size"
-        );
+        let mut state = self.state.clone();
+        state.cut();
+        self.open_again(vec![state], false).await;
     }
 
     /// The power fails while `op` is under way, or behind it.
-    async fn cut_during(&mut self, op: Op, whole: u8, part: u8, seed: u8) {
+    async fn cut_during(&mut self, op: Op, behind: bool, part: u8, seed: u8) {
         let start = self.disk.recorded();
+        let before = self.state.clone();
+        let promised = self.promises(&op);
         let result = op.clone().run(Arc::clone(&self.engine)).await;
         self.judge(&op, &result);
         let end = self.disk.recorded();
-        let point = if whole & 1 == 0 {
-            self.note(&op, &result);
-            end
-        } else {
-            op.change(&mut self.model, End::Unknown);
-            self.over |= op.is_about_the_whole();
-            start + usize::from(part) % (end - start + 1)
-        };
+        self.note(&op, &result, promised).await;
+        if self.how.barrier == Barrier::None {
+            // Nobody said anything about the power.
+            return self.die().await;
+        }
+        let mut states = vec![self.state.clone()];
+        let mut point = end;
+        if !behind {
+            // Of what is about the whole, old or new; of sectors, any.
+            if !op.is_about_the_whole() {
+                states.clear();
+            }
+            self.state = before;
+            self.change(&op, End::Unknown, false);
+            states.push(self.state.clone());
+            point = start + usize::from(part) % (end - start + 1);
+        }
         let history = self.disk.history();
-        let mut states: Vec<_> = crash_images(&history, seed.into(), 2)
-            .filter(|crash| crash.point == point)
+        let mut crashes: Vec<_> = crash_images(&history, seed.into(), 2)
+            .from_point(point)
+            .take_while(|crash| crash.point == point)
             .collect();
-        let crash = states.swap_remove(usize::from(seed) % states.len());
-        let disk = SimDisk::with_image(crash.images[0].clone());
+        let crash = crashes.swap_remove(usize::from(seed) % crashes.len());
         tell(|| format!("{op:?}: {result:?}, then {crash} of {start}..{end}"));
+        let mut images = crash.images.into_iter();
+        self.disk = SimDisk::with_image(images.next().expect("there is one"));
+        self.how.data = images.next().map(|data| self.disk.beside(data));
         self.leaky = true;
-        self.model.cut();
-        if self.over {
-            // Old or new, that is; and sound.
-            self.check_soundness(&disk);
-            let engine = lab::open(&disk, &self.how).await.expect("it opens");
-            let size = engine.size();
-            lab::read(&engine, 0, 0, size).await.expect("it is read");
-            engine.close().await.expect("it is closed");
-            self.disk = disk;
-            self.check_soundness(&self.disk);
-            return;
-        }
-        self.disk = disk;
-        self.open_again().await;
-    }
-
-    /// Leaks at most; where refcounts are postponed, not even that is asked of
-    /// an image that was not closed.
-    fn check_soundness(&self, disk: &SimDisk) {
-        let image = disk.image();
-        let checked = Checked::open(&image).expect("a header");
-        if self.shape.lazy {
-            return;
-        }
-        let found = checked.check();
-        assert_eq!(found.corruptions, Vec::<String>::new());
-    }
-
-    async fn end(mut self) {
-        self.disk.clear_faults();
-        if self.over {
-            return self.check_soundness(&self.disk);
-        }
-        let seen = lab::read(&self.engine, 0, 0, self.engine.size()).await;
-        self.model
-            .sees(0, &seen.expect("it can be read"), "in the end");
-        let closed = self.engine.close().await;
-        if closed.is_err() {
-            assert!(self.may_fail(), "the last close: {closed:?}");
-            self.die().await;
-            let seen = lab::read(&self.engine, 0, 0, self.engine.size()).await;
-            self.model
-                .sees(0, &seen.expect("it can be read"), "after a death");
-            self.engine.close().await.expect("nothing fails any more");
-        }
-        let image = self.disk.image();
-        let checked = Checked::open(&image).expect("a header");
-        let found = checked.check();
-        assert_eq!(found.corruptions, Vec::<String>::new());
-        let leaks_allowed = self.leaky || self.may_fail();
-        assert!(leaks_allowed || found.leaks == 0, "{} leaks", found.leaks);
-        let shown = checked.active_content(&self.shape.below);
-        self.model.sees(0, &shown, "closed");
-        let count = self.shape.snapshots.len();
-        for (index, old) in self.shape.snapshots.iter().enumerate() {
-            let now = checked.snapshot_content(index, &self.shape.below);
-            assert!(now == *old, "old snapshot {index} has changed");
-        }
-        let made = self.made.iter_mut();
-        assert_eq!(checked.snapshots().len(), count + made.len());
-        for made in made {
-            let now = checked.snapshot_content(count, &self.shape.below);
-            made.sees(0, &now, "a snapshot");
-        }
+        states.iter_mut().for_each(State::cut);
+        self.open_again(states, false).await;
     }
 }

@@ -98,22 +98,42 @@ impl Model {
     /// `bytes` from sector `first` on are what may be seen there; it is what
     /// will be seen from now on.
     pub fn sees(&mut self, first: u64, bytes: &[u8], what: &str) {
-        for (n, seen) in bytes.chunks_exact(SECTOR as usize).enumerate() {
-            let number = first as usize + n;
-            let at = number * SECTOR as usize;
-            let original = &self.original[at..at + SECTOR as usize];
-            let sector = &mut self.sectors[number];
-            sector.now.retain(|value| match value {
-                Value::Original => seen == original,
-                Value::Filled(byte) => seen.iter().all(|b| b == byte),
-            });
-            assert!(
-                !sector.now.is_empty(),
-                "{what}: sector {number} is {:02x?}, none of {:?} and those before",
-                &seen[..16],
-                sector.since_flush
-            );
+        if let Err(reason) = self.fits(first, bytes) {
+            panic!("{what}: {reason}");
         }
+        for (number, seen) in numbered(first, bytes) {
+            let original = &self.original;
+            let sector = &mut self.sectors[number];
+            if let [_, _, ..] = sector.now[..] {
+                sector
+                    .now
+                    .retain(|&value| is(original, number, seen, value));
+            }
+        }
+    }
+
+    /// Whether `bytes` from sector `first` on may be seen.
+    pub fn fits(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
+        for (number, seen) in numbered(first, bytes) {
+            let may = &self.sectors[number].now;
+            if !(may.iter()).any(|&value| is(&self.original, number, seen, value)) {
+                let start = &seen[..16];
+                return Err(format!("sector {number} is {start:02x?}, none of {may:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The sectors of `bytes`, with their numbers.
+fn numbered(first: u64, bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    (first as usize..).zip(bytes.chunks_exact(SECTOR as usize))
+}
+
+fn is(original: &[u8], number: usize, seen: &[u8], value: Value) -> bool {
+    match value {
+        Value::Original => seen == &original[number * SECTOR as usize..][..SECTOR as usize],
+        Value::Filled(byte) => seen == [byte; SECTOR as usize],
     }
 }
 

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use qcow2_ublk::engine::Engine;
-use qcow2_ublk::qcow2::{NewSnapshot, Selector};
+use qcow2_ublk::qcow2::{BitmapAction, NewSnapshot, Selector};
 use qcow2_ublk::{Error, ErrorKind, Result};
 
 use super::super::common::lab;
 use super::super::input::Input;
+use super::bitmaps::Change;
 use super::model::{End, Model, SECTOR};
+use super::state::State;
 
 /// Largest disk that one grows to, in sectors.
 const MOST: u64 = 1024;
@@ -44,6 +46,10 @@ pub enum Op {
     CreateSnapshot,
     ApplySnapshot,
     DeleteSnapshot,
+    Bitmap {
+        name: Vec<u8>,
+        change: Change,
+    },
 }
 
 /// Some sectors of the disk: first and number. Mostly few.
@@ -84,8 +90,11 @@ impl Op {
     }
 
     /// Any; of the snapshots made here there is one at most.
-    pub fn choose(input: &mut Input<'_>, model: &Model, snapshot: bool) -> Self {
-        match (input.u8() % 32, snapshot) {
+    pub fn choose(input: &mut Input<'_>, state: &State, with_bitmaps: bool) -> Self {
+        let model = &state.model;
+        let kinds = if with_bitmaps { 40 } else { 32 };
+        match (input.u8() % kinds, state.made.is_some()) {
+            (32.., _) => Self::bitmap(input, state),
             (0, _) => {
                 let more = u64::from(input.u16()) % 256;
                 Self::Grow {
@@ -97,6 +106,23 @@ impl Op {
             (2, true) => Self::DeleteSnapshot,
             _ => Self::request(input, model),
         }
+    }
+
+    fn bitmap(input: &mut Input<'_>, state: &State) -> Self {
+        let names = [b"a".to_vec(), b"b".to_vec()];
+        let names: Vec<_> = state.bitmaps.names().chain(&names).collect();
+        let name = names[usize::from(input.u8()) % names.len()].clone();
+        let what = input.u8();
+        let change = match what % 8 {
+            0 => Change::Remove,
+            1 => Change::Clear,
+            2 => Change::Disable,
+            3 => Change::Enable,
+            _ => Change::Add {
+                bits: 9 + what / 8 % 8,
+            },
+        };
+        Self::Bitmap { name, change }
     }
 
     pub async fn run(self, engine: Arc<Engine>) -> Result<()> {
@@ -146,12 +172,40 @@ impl Op {
                     .delete_snapshot(Selector::Name(b"made".to_vec()))
                     .await
             }
+            Self::Bitmap { name, change } => {
+                let action = match change {
+                    Change::Add { bits } => BitmapAction::Add {
+                        granularity: Some(1 << bits),
+                    },
+                    Change::Remove => BitmapAction::Remove,
+                    Change::Clear => BitmapAction::Clear,
+                    Change::Enable => BitmapAction::Enable,
+                    Change::Disable => BitmapAction::Disable,
+                };
+                image.change_bitmap(&name, &action).await
+            }
         }
     }
 
     /// What it may be refused for, though nothing goes wrong.
-    pub fn may_be_refused(&self, error: &Error) -> bool {
+    pub fn may_be_refused(&self, error: &Error, state: &State) -> bool {
         match self {
+            // Nothing would be recorded.
+            Self::ApplySnapshot => {
+                error.kind() == ErrorKind::Unsupported && !state.bitmaps.is_empty()
+            }
+            Self::Bitmap { name, change } => match (error.kind(), state.bitmaps.find(name)) {
+                (ErrorKind::NotFound, None) => !matches!(change, Change::Add { .. }),
+                (ErrorKind::Usage, Some(_)) => matches!(change, Change::Add { .. }),
+                (ErrorKind::Corrupt, Some(tracked)) => {
+                    tracked.lost && !matches!(change, Change::Remove)
+                }
+                // Version 2 has none.
+                (kind, None) => kind == ErrorKind::Unsupported,
+                _ => false,
+            },
+            // Nobody knows how large such a bitmap should be.
+            Self::Grow { .. } if error.kind() == ErrorKind::Corrupt => state.bitmaps.has_lost(),
             // Narrow refcounts cannot count another owner; version 2 does not say
             // how large a snapshot's disk is.
             Self::CreateSnapshot | Self::Compressed { .. } | Self::Grow { .. } => {
@@ -165,11 +219,15 @@ impl Op {
     pub fn is_about_the_whole(&self) -> bool {
         matches!(
             self,
-            Self::Grow { .. } | Self::CreateSnapshot | Self::ApplySnapshot | Self::DeleteSnapshot
+            Self::Grow { .. }
+                | Self::CreateSnapshot
+                | Self::ApplySnapshot
+                | Self::DeleteSnapshot
+                | Self::Bitmap { .. }
         )
     }
 
-    fn sectors(&self) -> Option<(u64, u64)> {
+    pub fn sectors(&self) -> Option<(u64, u64)> {
         match *self {
             Self::Write { first, count, .. }
             | Self::Compressed { first, count, .. }
@@ -197,14 +255,24 @@ impl Op {
         }
     }
 
-    pub fn change(&self, model: &mut Model, end: End) {
-        let Some((first, count)) = self.sectors() else {
+    /// `cluster` is its size in sectors; `hides` says that a discard hides
+    /// what is below.
+    pub fn change(&self, model: &mut Model, end: End, cluster: u64, hides: bool) {
+        let Some((mut first, mut count)) = self.sectors() else {
             return;
         };
         let (byte, end) = match *self {
             Self::Write { byte, .. } | Self::Compressed { byte, .. } => (byte, end),
-            // Of a discard, parts of clusters stay as they are.
-            Self::Discard { .. } => (0, End::Unknown),
+            Self::Discard { .. } => {
+                // Of clusters that are not wholly in it, nothing.
+                let mut last = first + count;
+                if last != model.sectors() {
+                    last -= last % cluster;
+                }
+                first = first.next_multiple_of(cluster).min(last);
+                count = last - first;
+                (0, if hides { end } else { End::Unknown })
+            }
             _ => (0, end),
         };
         model.fill(first, count, byte, end);

@@ -17,25 +17,20 @@ impl Image {
         }
         let per_block = alloc.refcounts.per_block();
         let mut end = 0;
-        'blocks: for index in (0..alloc.refcounts.table.len() as u64).rev() {
+        for index in (0..alloc.refcounts.table.len() as u64).rev() {
             let block = alloc.refcounts.entry(index);
             let extent = self.storage.extent_at(block);
             let hole = !extent.data && extent.end - block >= self.geometry.cluster_size();
             if block == 0 || hole {
                 continue;
             }
-            let mut last = (index + 1) * per_block;
-            while last > index * per_block {
-                last -= 1;
-                if alloc
-                    .refcounts
-                    .get(&self.refblocks, &self.storage, last)
-                    .await?
-                    != 0
-                {
-                    end = last + 1;
-                    break 'blocks;
-                }
+            let last = alloc
+                .refcounts
+                .last_used(&self.refblocks, &self.storage, index)
+                .await?;
+            if let Some(last) = last {
+                end = last + 1;
+                break;
             }
         }
         if end > self.most_clusters() {

@@ -104,7 +104,7 @@ impl L2Entry {
         if geometry.extended_l2 {
             return Self::decode_extended(raw, geometry);
         }
-        let raw = raw.descriptor;
+        let raw = without_idle_copied(raw.descriptor, geometry);
         if raw == 0 {
             return Ok(Self::Unallocated);
         }
@@ -132,7 +132,8 @@ impl L2Entry {
 
     /// In an extended table bit 0 is reserved: zeros are told by the bitmap.
     fn decode_extended(raw: RawL2Entry, geometry: &Geometry) -> Result<Self, BadEntry> {
-        let RawL2Entry { descriptor, bitmap } = raw;
+        let bitmap = raw.bitmap;
+        let descriptor = without_idle_copied(raw.descriptor, geometry);
         if descriptor & COMPRESSED != 0 {
             if bitmap != 0 {
                 return Err(BadEntry::CompressedSubclusters);
@@ -268,6 +269,17 @@ impl L2Entry {
     pub fn run(self, index: u32) -> (Subcluster, u32) {
         let subclusters = self.subclusters();
         (subclusters.get(index), subclusters.run(index))
+    }
+}
+
+/// Without an offset the COPIED flag says nothing, as for QEMU; except for the
+/// first cluster of an external data file.
+#[inline]
+fn without_idle_copied(raw: u64, geometry: &Geometry) -> u64 {
+    if raw & (OFFSET | COMPRESSED) == 0 && !geometry.external_data {
+        raw & !COPIED
+    } else {
+        raw
     }
 }
 

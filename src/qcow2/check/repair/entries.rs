@@ -157,7 +157,7 @@ impl Checked<'_> {
             }
             // Nor can anything be read of one that is nowhere.
             subclusters = (subclusters >> 32 | subclusters & 0xffff_ffff) << 32;
-            return (entry & !COPIED, subclusters);
+            return (entry, subclusters);
         }
         let size = self.geometry.cluster_size();
         let lost = !offset.is_multiple_of(size) || !self.external && self.is_outside(offset, size);
