@@ -9,6 +9,8 @@ use common::check::Checked;
 use common::lab;
 use common::{half_random, qemu_img, qemu_io};
 use qcow2_ublk::qcow2::check::{self, CheckReport, Finding, Problem, Repair};
+use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapFlags};
+use qcow2_ublk::qcow2::spec::snapshot::Snapshot;
 use qcow2_ublk::storage::Storage;
 use qcow2_ublk::storage::sim::{self, SimDisk, crash_images};
 
@@ -300,4 +302,77 @@ fn errors_in_the_middle() {
         }
     }
     assert!(failed > 10, "only {failed} operations failed");
+}
+
+/// The table is the old one or the new one, and its refcounts with it.
+#[test]
+fn snapshots_without_disk_size() {
+    for options in ["cluster_size=4k", "cluster_size=512"] {
+        let mut image = subject(options);
+        let header = Checked::open(&image).unwrap().header.clone();
+        let start = header.snapshots_offset;
+        let bytes = image.bytes(start.0, 4096);
+        let (mut snapshot, _) = Snapshot::parse(&bytes, start, &header.geometry()).unwrap();
+        snapshot.has_vm_state_64 = false;
+        snapshot.disk_size = None;
+        snapshot.icount = None;
+        let mut table = Vec::new();
+        snapshot.encode(&mut table).unwrap();
+        image.write(start.0, &table);
+        assert_eq!(look(&image).0.corruptions, 1);
+        trial(options, &image, Repair::All);
+    }
+}
+
+/// What a bitmap says at any moment: what it said, or that all is dirty; or it
+/// has a mark that keeps everybody from believing it.
+#[test]
+fn bitmaps_that_share_a_cluster() {
+    let mut good = subject("cluster_size=512");
+    lab::with_file(&mut good, |path| {
+        for (bitmap, write) in [("a", "write 0 8k"), ("b", "write 800k 8k")] {
+            let name = path.to_str().unwrap();
+            qemu_img(&["bitmap", "--add", "-g", "512", name, bitmap]);
+            qemu_io(path, &[write]);
+        }
+    });
+    let tables = |image: &sim::Image| {
+        let header = Checked::open(image).unwrap().header.clone();
+        assert!(header.bitmaps_consistent());
+        let extension = *header.bitmaps().unwrap();
+        let (at, len) = (extension.directory_offset.0, extension.directory_size);
+        let bytes = image.bytes(at, len);
+        Bitmap::parse_directory(&bytes, &extension, &header.geometry()).unwrap()
+    };
+    let entries = |image: &sim::Image, bitmap: &Bitmap| -> Vec<u64> {
+        let at = |index: u64| be64(image, bitmap.table_offset.0 + index * 8);
+        (0..u64::from(bitmap.table_size)).map(at).collect()
+    };
+    let list = tables(&good);
+    let [a, b] = &list[..] else {
+        panic!("two bitmaps")
+    };
+    let shared = *entries(&good, b).iter().find(|&&entry| entry > 1).unwrap();
+    let mut image = good.clone();
+    put(&mut image, a.table_offset.0, shared);
+    let before = [a, b].map(|bitmap| entries(&image, bitmap));
+    trial("bitmaps", &image, Repair::All);
+    let disk = SimDisk::with_image(image.clone());
+    repaired(&disk, Repair::All);
+    let (mut marked, mut ones) = (0, 0);
+    for crash in crash_images(&disk.history(), 5, 4) {
+        for left in &crash.images {
+            for (bitmap, before) in tables(left).iter().zip(&before) {
+                if bitmap.flags.contains(BitmapFlags::IN_USE) {
+                    marked += 1;
+                    continue;
+                }
+                let now = entries(left, bitmap);
+                let all = now.iter().all(|&entry| entry == 1);
+                assert!(all || now == *before, "{crash}: {now:x?}");
+                ones += u32::from(all);
+            }
+        }
+    }
+    assert!(marked > 4 && ones > 4, "{marked} marked, {ones} of ones");
 }

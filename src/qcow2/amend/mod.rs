@@ -104,17 +104,8 @@ async fn upgrade(storage: &Storage) -> Result<()> {
     let mut new = header.clone();
     new.version = 3;
     one_sector(&new)?;
-    let (mut snapshots, len) = snapshot::read_table(storage, &header).await?;
     let mut sh = Shadow::begin(storage, header).await?;
-    if snapshots.iter().any(|s| s.disk_size.is_none()) {
-        for snapshot in &mut snapshots {
-            snapshot.has_vm_state_64 = true;
-            snapshot.disk_size.get_or_insert(sh.header.size);
-        }
-        let table = snapshot::encode_table(&snapshots)?;
-        sh.free(sh.header.snapshots_offset, len).await?;
-        sh.header.snapshots_offset = sh.write_table(&table).await?;
-    }
+    snapshot::complete_table(&mut sh).await?;
     sh.header.version = 3;
     let ready = sh.finish().await?;
     ready.publish_header(storage).await?;

@@ -203,13 +203,10 @@ impl Work<'_> {
 
     /// Writes the table of snapshots, and all that is left.
     async fn finish(mut self) -> Result<Ready> {
-        for snapshot in &mut self.snapshots {
+        if self.sh.geometry().version >= 3 {
             // What older programs left out, version 3 requires; and a disk
             // that is resized must not take the snapshot with it.
-            if snapshot.disk_size.is_none() && self.sh.geometry().version >= 3 {
-                snapshot.has_vm_state_64 = true;
-                snapshot.disk_size = Some(self.size_before);
-            }
+            table::complete(&mut self.snapshots, self.size_before);
         }
         let bytes = table::encode(&self.snapshots)?;
         let old = self.sh.header.snapshots_offset;

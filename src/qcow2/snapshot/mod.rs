@@ -28,4 +28,4 @@ mod table;
 pub(crate) use job::refuse_external;
 pub use job::{NewSnapshot, SnapshotJob};
 pub use table::Selector;
-pub(crate) use table::{encode as encode_table, read as read_table};
+pub(crate) use table::{complete_table, encode as encode_table, read as read_table};

@@ -1,6 +1,7 @@
 //! The snapshot table: reading it, finding snapshots in it, writing it anew.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::shadow::Shadow;
 use crate::qcow2::spec::Header;
 use crate::qcow2::spec::header::MAX_SNAPSHOTS;
 use crate::qcow2::spec::snapshot::{MAX_EXTRA, MAX_ID, MAX_NAME, MAX_TABLE_BYTES, Snapshot};
@@ -155,6 +156,34 @@ pub(crate) fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
         return Err(full("the snapshot table cannot be longer than 64 MiB"));
     }
     Ok(bytes)
+}
+
+/// Gives entries that have no disk size what version 3 requires; true if there
+/// were any. `size` is the image's: everybody takes it for theirs.
+pub(super) fn complete(snapshots: &mut [Snapshot], size: u64) -> bool {
+    let mut any = false;
+    for snapshot in snapshots.iter_mut().filter(|s| s.disk_size.is_none()) {
+        any = true;
+        snapshot.has_vm_state_64 = true;
+        snapshot.disk_size = Some(size);
+        // Nobody counted; and a part of a size is nothing to be kept.
+        snapshot.icount = Some(u64::MAX);
+        snapshot.unknown_extra.clear();
+    }
+    any
+}
+
+/// Lets all entries of an image's table have what version 3 requires: where
+/// one has not, the table gets a new place.
+pub(crate) async fn complete_table(sh: &mut Shadow<'_>) -> Result<()> {
+    let (mut snapshots, len) = read(sh.storage(), &sh.header).await?;
+    if !complete(&mut snapshots, sh.header.size) {
+        return Ok(());
+    }
+    let table = encode(&snapshots)?;
+    sh.free(sh.header.snapshots_offset, len).await?;
+    sh.header.snapshots_offset = sh.write_table(&table).await?;
+    Ok(())
 }
 
 /// A name that every reader takes whole.

@@ -114,6 +114,14 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
+    /// Where the flags are in an entry, in bytes; 32 bits.
+    pub const FLAGS_AT: u64 = 12;
+
+    /// Bytes of the entry in a directory.
+    pub fn encoded_len(&self) -> usize {
+        pad8(ENTRY_HEAD + self.extra.len() + self.name.len())
+    }
+
     /// Reads the whole directory, `nb_bitmaps` entries that fill `directory`
     /// to the byte; it lies at `at` in the file.
     ///

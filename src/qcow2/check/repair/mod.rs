@@ -5,13 +5,15 @@
 //!
 //! | step | what the power may leave |
 //! |---|---|
-//! | unknown autoclear bits, damaged bitmaps' bit cleared `|` | old bits or new |
+//! | unknown autoclear bits cleared `|` | old bits or new |
+//! | bitmaps that cannot be told: marked `|` ones `|` mark off `|`, or their bit cleared `|` | see [`bitmaps`] |
 //! | entries that refer to nothing, in tables that are nothing else, cleaned or zeroed `|` | any of them old or new: what they show is the same, and nothing that is counted loses a reference that somebody can follow |
 //! | a new refcount table with its blocks in new space `|` the header's field `|` | the old refcounts, or the new ones; the others are space behind the end |
 //! | refcounts that are too low raised `|` | any of them old or new: higher ones protect, and leak at most |
 //! | data apart from metadata: copies in counted, new clusters `|` | unused copies |
 //! | entries of those, COPIED flags `|` | any of them: a flag is set only where there is one reference, whatever its refcount |
 //! | refcounts that are too high lowered `|` | any of them |
+//! | entries of the snapshot table completed, as a new state `|` the header's first sector `|` | the old table with its refcounts, or the new one with its |
 //! | dirty and corrupt bit cleared `|` | old bits or new |
 //!
 //! So at no moment is a cluster counted less than it is used unless it was so
@@ -23,12 +25,14 @@
 //! snapshot whose L1 table is nowhere), nothing is changed at all: what looks
 //! unused may be in use.
 
+mod bitmaps;
 mod entries;
 mod flags;
 mod rebuild;
 mod refcounts;
 mod seen;
 mod separate;
+mod snapshots;
 
 use super::{CheckReport, Checker, Finding};
 use crate::error::Result;
@@ -102,29 +106,40 @@ impl Repairer<'_> {
         match what {
             _ if seen.blind => return Ok(()),
             Repair::Leaks if seen.may_lower() && report.leaks > 0 => {
-                self.keep_autoclear(&seen).await?;
+                self.keep_autoclear().await?;
                 self.lower_only(&seen).await?;
             }
             Repair::All
                 if seen.entries || report.corruptions + report.leaks + report.check_errors > 0 =>
             {
-                self.keep_autoclear(&seen).await?;
+                self.keep_autoclear().await?;
                 self.everything(seen, report).await?;
             }
             _ => {}
         }
+        let mut left = seen;
         if self.done.corruptions_fixed + self.done.leaks_fixed > 0 {
-            let header = read_damaged_header(self.storage).await?;
-            let mut ignore = |_: &Finding| {};
-            let mut checker = Checker::new(self.storage, header, &mut ignore)?;
-            checker.run().await?;
-            self.done.report = checker.report;
+            left = self.look_again().await?;
+        }
+        let report = self.done.report;
+        if what == Repair::All && self.complete_snapshots(&left, &report).await? {
+            self.look_again().await?;
         }
         let report = &self.done.report;
         if report.corruptions == 0 && report.check_errors == 0 {
             self.mark_clean().await?;
         }
         Ok(())
+    }
+
+    /// Reports what is left.
+    async fn look_again(&mut self) -> Result<Seen> {
+        let header = read_damaged_header(self.storage).await?;
+        let mut ignore = |_: &Finding| {};
+        let mut checker = Checker::new(self.storage, header, &mut ignore)?;
+        checker.run().await?;
+        self.done.report = checker.report;
+        Ok(checker.seen)
     }
 
     async fn lower_only(&mut self, seen: &Seen) -> Result<()> {
@@ -143,6 +158,10 @@ impl Repairer<'_> {
             copies: Vec::new(),
         };
         for round in 0..ROUNDS {
+            if (seen.bitmaps || seen.clash) && self.mend_bitmaps().await? {
+                let again = Checked::look(self.storage, true).await?;
+                (seen, report) = (again.seen, again.report);
+            }
             if seen.entries {
                 let mut checked = Checked::look(self.storage, true).await?;
                 checked.before = before.clone();
@@ -206,19 +225,27 @@ impl Repairer<'_> {
     }
 
     /// As before every write to an image: autoclear bits that are unknown go.
-    /// So does that of bitmaps which cannot be right, so that nobody believes
-    /// them.
-    async fn keep_autoclear(&mut self, seen: &Seen) -> Result<()> {
+    async fn keep_autoclear(&mut self) -> Result<()> {
         let header = read_damaged_header(self.storage).await?;
-        let mut bits = header.autoclear & Autoclear::KNOWN;
-        if seen.bitmaps {
-            bits.remove(Autoclear::BITMAPS);
-            self.done.corruptions_fixed += 1;
-        }
+        let bits = header.autoclear & Autoclear::KNOWN;
         if header.version < 3 || bits == header.autoclear {
             return Ok(());
         }
         self.store_autoclear(bits).await
+    }
+
+    /// Puts right what the bitmaps say, or lets nobody believe them where that
+    /// cannot be done; true if something was changed.
+    async fn mend_bitmaps(&mut self) -> Result<bool> {
+        let mut checked = Checked::look(self.storage, true).await?;
+        let Some(mended) = checked.mend_bitmaps().await? else {
+            let bits = checked.header.autoclear & Autoclear::KNOWN;
+            self.store_autoclear(bits - Autoclear::BITMAPS).await?;
+            self.done.corruptions_fixed += 1;
+            return Ok(true);
+        };
+        self.done.corruptions_fixed += mended;
+        Ok(mended > 0)
     }
 
     async fn store_autoclear(&self, bits: Autoclear) -> Result<()> {

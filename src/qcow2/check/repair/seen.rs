@@ -19,6 +19,8 @@ pub(in crate::qcow2::check) struct Seen {
     pub(in crate::qcow2::check) low: bool,
     /// How many COPIED flags are wrong.
     pub(in crate::qcow2::check) flags: u64,
+    /// How many entries of the snapshot table lack their disk's size.
+    pub(in crate::qcow2::check) incomplete_snapshots: u64,
     /// More uses than can be counted, or uses that exclude each other.
     pub(in crate::qcow2::check) clash: bool,
     /// Something is where the file is not, and cannot be moved.
@@ -36,7 +38,8 @@ impl Seen {
             Problem::UnreadableTable { .. } | Problem::BadSnapshotL1 { .. } => self.blind = true,
             Problem::Copied { .. } => self.flags += 1,
             Problem::BadBitmapDirectory { .. } => self.bitmaps = true,
-            Problem::IncompleteSnapshot { .. } | Problem::SnapshotsWithDataFile { .. } => {}
+            Problem::IncompleteSnapshot { .. } => self.incomplete_snapshots += 1,
+            Problem::SnapshotsWithDataFile { .. } => {}
             Problem::OutsideFile { part, .. } | Problem::BadEntry { table: part, .. } => {
                 match part {
                     Part::L2Table | Part::Data | Part::Compressed => self.entries = true,
