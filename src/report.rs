@@ -85,7 +85,8 @@ pub struct LayerInfo {
 }
 
 impl LayerInfo {
-    async fn of(storage: &Storage, raw: bool) -> Result<Self> {
+    /// What the open file says now.
+    pub(crate) async fn of(storage: &Storage, raw: bool) -> Result<Self> {
         Ok(Self {
             path: storage.path().to_owned(),
             file_len: storage.len(),

@@ -63,7 +63,7 @@ fn amendment(args: &Args) -> Result<Amendment> {
             }
             "backing_file" | "backing_fmt" => {
                 return Err(usage("Cannot amend the backing file".to_owned())
-                    .cure("You can use 'qemu-img rebase' instead."));
+                    .cure("use `qcow2-ublk rebase`"));
             }
             "size" => {
                 return Err(
@@ -76,9 +76,13 @@ fn amendment(args: &Args) -> Result<Amendment> {
                 ));
             }
             "data_file" => {
-                return Err(unsupported(&name));
+                return Err(unsupported("recording another data file")
+                    .cure("use `qemu-img amend`, or convert the image"));
             }
-            _ if name.starts_with("encrypt.") => return Err(unsupported(&name)),
+            _ if name.starts_with("encrypt.") => {
+                return Err(unsupported(&format!("amending {name}"))
+                    .cure("use `qcow2-ublk key add`, `key remove` and `key list`"));
+            }
             "cluster_size" | "compression_type" | "extended_l2" | "encryption"
             | "preallocation" | "nocow" | "extent_size_hint" => {
                 return Err(usage(format!("Invalid parameter '{name}'"))
@@ -90,7 +94,6 @@ fn amendment(args: &Args) -> Result<Amendment> {
     Ok(amendment)
 }
 
-fn unsupported(name: &str) -> Error {
-    let what = format!("amending {name} is not supported");
-    Error::new(ErrorKind::Unsupported, what).cure("use `qemu-img amend`")
+fn unsupported(what: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("{what} is not supported"))
 }

@@ -14,7 +14,7 @@ use crate::chain;
 use crate::config::CacheSetting;
 use crate::engine::{Engine, Housekeeper};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::ImageOptions;
+use crate::qcow2::{Image, ImageOptions};
 use crate::runtime::{self, Buf, Runtime};
 use crate::storage::CacheMode;
 
@@ -72,6 +72,10 @@ pub(super) struct Args {
     /// Ignore that others write to the image; only for reading
     #[arg(short = 'U', long, conflicts_with = "write")]
     force_share: bool,
+
+    /// Show at the end what the caches of the image's tables have done
+    #[arg(long, conflicts_with = "quiet")]
+    stats: bool,
 
     /// Say nothing
     #[arg(short, long)]
@@ -172,7 +176,25 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             took.as_secs_f64()
         ))?;
     }
+    if args.stats {
+        output::print(&stats(engine.chain().top()))?;
+    }
     done()
+}
+
+/// What the caches have done, a line for each.
+fn stats(image: &Image) -> String {
+    [
+        ("L2", image.l2_cache_stats()),
+        ("Refcount", image.refcount_cache_stats()),
+    ]
+    .map(|(name, stats)| {
+        format!(
+            "{name} cache: {} hits, {} misses, {} evictions, {} of {} bytes\n",
+            stats.hits, stats.misses, stats.evictions, stats.bytes, stats.capacity
+        )
+    })
+    .concat()
 }
 
 fn check(args: &Args, size: u64) -> Result<()> {

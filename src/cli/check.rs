@@ -11,10 +11,11 @@ use serde::Serialize;
 use super::image::Report;
 use super::output::{self, printable};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::check::{Finding, Repair, Repaired};
+use crate::qcow2::check::{Finding, Repair, Repaired, Severity};
 use crate::report;
 
-/// Findings that are shown one by one; of the others, how many there are.
+/// Findings of each severity that are shown one by one; of the others, how many
+/// there are. A sparse file of some kilobytes can have millions.
 const SHOWN: u64 = 200;
 
 /// The exit codes of `qemu-img check`.
@@ -29,8 +30,9 @@ mod exit {
 /// Look for errors in an image, and with --repair put them right
 ///
 /// Every reference to a cluster is counted and compared with the image's
-/// refcounts. Each finding is a line on standard error, the result is on
-/// standard output. Exit code: 0 in order, 1 not (wholly) checked, 2 corrupt,
+/// refcounts. Each finding is a line on standard error, up to 200 of each kind
+/// and then how many more there are; the result is on standard output. Exit
+/// code: 0 in order, 1 not (wholly) checked, 2 corrupt,
 /// 3 space is lost but no data, 63 the file has no format that can be checked.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -106,6 +108,40 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
+/// How many findings there were.
+#[derive(Default)]
+struct Findings {
+    corruptions: u64,
+    leaks: u64,
+    errors: u64,
+}
+
+impl Findings {
+    /// Counts a finding; true if it is one of the first of its kind.
+    fn is_shown(&mut self, finding: &Finding) -> bool {
+        let count = match finding.severity {
+            Severity::Corruption => &mut self.corruptions,
+            Severity::Leak => &mut self.leaks,
+            Severity::Error => &mut self.errors,
+        };
+        *count += 1;
+        *count <= SHOWN
+    }
+
+    /// How many were not shown, a line for each kind.
+    fn others(&self) -> String {
+        [
+            (self.corruptions, "corruptions"),
+            (self.leaks, "leaks"),
+            (self.errors, "errors of the check"),
+        ]
+        .iter()
+        .filter(|(count, _)| *count > SHOWN)
+        .map(|(count, what)| format!("... and {} more {what}\n", count - SHOWN))
+        .collect()
+    }
+}
+
 /// How far the check is, in qemu-img's way, on a terminal.
 struct Meter {
     wanted: bool,
@@ -165,12 +201,11 @@ fn has_magic(args: &Args) -> bool {
 }
 
 fn check(args: &Args) -> Result<u8> {
-    let mut findings = 0;
+    let mut findings = Findings::default();
     let listened = std::io::stderr().is_terminal() && !args.quiet;
     let meter = RefCell::new(Meter::new(listened));
     let mut observe = |finding: &Finding| {
-        findings += 1;
-        if findings <= SHOWN && !args.quiet {
+        if findings.is_shown(finding) && !args.quiet {
             meter.borrow_mut().clear(&mut std::io::stderr());
             // Nothing to be done if nobody listens.
             let _ = writeln!(std::io::stderr(), "{}", printable(&finding.to_string()));
@@ -187,8 +222,8 @@ fn check(args: &Args) -> Result<u8> {
     };
     meter.borrow_mut().clear(&mut std::io::stderr());
     let found = done.report;
-    if findings > SHOWN && !args.quiet {
-        let _ = writeln!(std::io::stderr(), "... and {} more", findings - SHOWN);
+    if !args.quiet {
+        let _ = write!(std::io::stderr(), "{}", findings.others());
     }
     if args.report.json() {
         output::print_json(&Json {

@@ -4,11 +4,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::cache::Cache;
 use super::image::PolicyArgs;
 use super::progress::Telling;
-use super::{done, output};
+use super::{done, output, size};
 use crate::chain;
-use crate::engine::Commit;
+use crate::engine::{Commit, Rate};
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
 
@@ -26,6 +27,14 @@ pub(super) struct Args {
     /// Do not empty the image
     #[arg(short, long)]
     drop: bool,
+
+    /// Write at most so many bytes a second
+    #[arg(short, long, value_name = "SIZE", value_parser = size::rate)]
+    rate: Option<u64>,
+
+    /// How the files are cached, and what is durable when [default: writeback]
+    #[arg(short = 't', long, value_name = "MODE")]
+    cache: Option<Cache>,
 
     #[command(flatten)]
     telling: Telling,
@@ -50,10 +59,12 @@ async fn commit(args: &Args) -> Result<()> {
     let empties = !args.drop && args.base.is_none();
     let options = chain::Options {
         writable: empties,
-        ..args.policy.chain_options()?
+        ..Cache::writing(args.cache, args.policy.chain_options()?)
     };
     let apart = chain::open_apart(&args.file, &options, args.base.as_deref()).await?;
-    let commit = Commit::new(apart)?;
+    let commit = Commit::new(apart)?
+        .at_rate(args.rate.map(Rate::new))
+        .with_barrier(options.image.barrier);
     let mut progress = args.telling.progress();
     progress.show(0, 1);
     let copied = commit

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use super::cache::Cache;
 use super::image::PolicyArgs;
 use super::output;
 use super::progress::Progress;
@@ -28,11 +29,11 @@ pub(super) struct Args {
     b: PathBuf,
 
     /// Format of the first; never guessed
-    #[arg(short, long, value_name = "qcow2|raw", default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    #[arg(short, long, alias = "a-format", value_name = "qcow2|raw", default_value = "qcow2", value_parser = ["qcow2", "raw"])]
     format: String,
 
     /// Format of the second
-    #[arg(short = 'F', value_name = "qcow2|raw", default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    #[arg(short = 'F', long = "b-format", value_name = "qcow2|raw", default_value = "qcow2", value_parser = ["qcow2", "raw"])]
     second_format: String,
 
     /// The sizes have to be equal, and the same parts to be allocated
@@ -47,6 +48,10 @@ pub(super) struct Args {
     #[arg(short, long)]
     progress: bool,
 
+    /// How the files are cached [default: writeback]
+    #[arg(short = 'T', long, value_name = "MODE")]
+    cache: Option<Cache>,
+
     /// Read images that others may be writing to
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -59,7 +64,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let options = chain::Options {
         force_share: args.force_share,
-        ..args.policy.chain_options()?
+        ..Cache::reading(args.cache, args.policy.chain_options()?)
     };
     let open =
         |path: &Path, format: &str| Source::open(path, super::convert::format(format), &options);

@@ -9,13 +9,15 @@ use std::sync::atomic::AtomicBool;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::cache::Cache;
 use super::encrypt::Purpose;
 use super::image::PolicyArgs;
 use super::progress::Progress;
 use super::{create, done, size};
 use crate::chain;
-use crate::convert::{self, Format, Output, Source};
+use crate::convert::{self, Bitmaps, Format, Output, Source};
 use crate::crypto::Secret;
+use crate::engine::Rate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Selector;
 use crate::qcow2::create::Preallocation;
@@ -104,6 +106,31 @@ pub(super) struct Args {
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4k", value_parser = size::parse)]
     sparse_size: u64,
 
+    /// Copy dirty bitmaps too
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// Leave out bitmaps that are inconsistent
+    #[arg(long, requires = "bitmaps")]
+    skip_broken_bitmaps: bool,
+
+    /// What cannot be read becomes zeros, with a warning
+    #[arg(long)]
+    salvage: bool,
+
+    /// Write at most so many bytes a second
+    #[arg(short, long, value_name = "SIZE", value_parser = size::rate)]
+    rate: Option<u64>,
+
+    /// How the output is cached, and what of it is durable when
+    /// [default: writeback]
+    #[arg(short = 't', long, value_name = "MODE")]
+    target_cache: Option<Cache>,
+
+    /// How the inputs are cached [default: writeback]
+    #[arg(short = 'T', long, value_name = "MODE")]
+    source_cache: Option<Cache>,
+
     /// Read images that others may be writing to; the copy may be wrong
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -123,10 +150,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let from = chain::Options {
         force_share: args.force_share,
         snapshot: selector(args.snapshot.as_deref()),
-        ..chain.clone()
+        ..Cache::reading(args.source_cache, chain.clone())
     };
+    let chain = Cache::writing(args.target_cache, chain);
     refuse_snapshot_of_raw(args.snapshot.is_some(), &args.format)?;
-    let source = Source::open(&args.input, format(&args.format), &from)?;
+    let mut source = Source::open(&args.input, format(&args.format), &from)?;
+    if args.salvage {
+        source = source.salvaging();
+    }
     let (output, key) = output(args, source.size(), &chain)?;
     let cancel = Arc::new(AtomicBool::new(false));
     for signal in [SIGHUP, SIGINT, SIGTERM] {
@@ -144,6 +175,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_WORKERS))
         }),
         out_of_order: args.out_of_order,
+        bitmaps: args.bitmaps.then_some(if args.skip_broken_bitmaps {
+            Bitmaps::Sound
+        } else {
+            Bitmaps::All
+        }),
+        rate: args.rate.map(Rate::new),
         chain,
         cancel: &cancel,
     };
@@ -183,6 +220,9 @@ fn check(args: &Args) -> Result<()> {
              to {MOST_SPARSE}"
         ))
         .cure("0 disables the detection of zeros and allocates everything"));
+    }
+    if args.bitmaps && args.snapshot.is_some() {
+        return Err(usage("bitmaps are of the active disk, not of a snapshot"));
     }
     if args.no_create && !args.options.is_empty() {
         return Err(usage("-o has no effect when skipping image creation"));

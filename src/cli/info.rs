@@ -12,7 +12,7 @@ use super::{done, output};
 use crate::chain;
 use crate::error::Result;
 use crate::qcow2::spec::snapshot::Snapshot;
-use crate::report;
+use crate::report::{self, LayerInfo};
 
 /// Show what an image says about itself: size, features, snapshots, bitmaps
 ///
@@ -27,7 +27,7 @@ pub(super) struct Args {
     report: Report,
 
     /// Show the files below the image too
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
 
     /// Read images that others may be writing to; what is shown may be wrong
@@ -51,6 +51,11 @@ pub(super) fn show_snapshots(snapshots: &[Snapshot], json: bool) -> Result<()> {
         text::snapshots(&mut text, &views);
     }
     output::print(&text)
+}
+
+/// What the format has of its own, as lines.
+pub(super) fn specific(layer: &LayerInfo) -> String {
+    text::specific(&view::Info::new(layer))
 }
 
 /// Shows the image.

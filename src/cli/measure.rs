@@ -23,7 +23,7 @@ pub(super) struct Args {
     file: Option<PathBuf>,
 
     /// Size of a new disk
-    #[arg(long, value_parser = size::parse)]
+    #[arg(short, long, value_parser = size::parse)]
     size: Option<u64>,
 
     /// Format of the disk; never guessed

@@ -7,6 +7,7 @@ mod add;
 mod amend;
 mod bench;
 mod bitmap;
+mod cache;
 mod check;
 mod commit;
 mod compare;
@@ -15,6 +16,7 @@ mod create;
 mod del;
 mod encrypt;
 mod features;
+mod foreign;
 mod image;
 mod info;
 mod io;
@@ -90,9 +92,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, &args),
     };
     // A process that serves a device has logs of its own.
     if !matches!(cli.verb, Verb::Add(_)) {
@@ -127,7 +130,7 @@ fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 /// Help goes to standard output as it is; a mistake becomes one sentence.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error, args: &[OsString]) -> ExitCode {
     match error.kind() {
         ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
             // Nothing to be done if nobody listens.
@@ -151,7 +154,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         _ => {}
     }
     let text = error.render().to_string();
-    let error = mistake(&text);
+    let error = foreign::refusal(error, args).unwrap_or_else(|| mistake(&text));
     output::report(&error);
     ExitCode::from(error.exit_code())
 }

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::cache::Cache;
 use super::done;
 use super::image::PolicyArgs;
 use super::progress::Telling;
@@ -34,6 +35,15 @@ pub(super) struct Args {
     /// Compress what has to be copied
     #[arg(short, long)]
     compress: bool,
+
+    /// How the image and what is below it are cached, and what is durable when
+    /// [default: writeback]
+    #[arg(short = 't', long, value_name = "MODE")]
+    cache: Option<Cache>,
+
+    /// How the new backing file is cached [default: writeback]
+    #[arg(short = 'T', long, value_name = "MODE")]
+    backing_cache: Option<Cache>,
 
     #[command(flatten)]
     telling: Telling,
@@ -85,12 +95,13 @@ async fn rebase(args: &Args) -> Result<()> {
     };
     let opened = chain::Options {
         no_backing: args.unchecked,
-        ..options.clone()
+        ..Cache::writing(args.cache, options.clone())
     };
     let chain = chain::open(&args.file, &opened).await?;
     let new = match &backing {
         Some(backing) if !args.unchecked => {
             let format = backing.format.as_deref().unwrap_or_default();
+            let options = Cache::reading(args.backing_cache, options);
             chain::open_new_backing(&backing.file, format, &chain, &options).await?
         }
         _ => Vec::new(),

@@ -33,6 +33,14 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text:?} is larger than 8 EiB"))
 }
 
+/// Reads a rate in bytes a second.
+pub(super) fn rate(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err("nothing would ever be written".to_owned()),
+        bytes => Ok(bytes),
+    }
+}
+
 fn unit_bytes(unit: &str) -> Option<u64> {
     let mut chars = unit.chars();
     let Some(letter) = chars.next() else {

@@ -202,6 +202,16 @@ impl Maker<'_> {
 }
 
 impl Chunk {
+    /// Bytes that are written, but for zeros.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let bytes = |action: &Action| match action {
+            Action::Write(range) => range.len(),
+            Action::Zero { .. } => 0,
+            Action::Stream { bytes, .. } => bytes.len(),
+        };
+        self.actions.iter().map(bytes).sum::<usize>() as u64
+    }
+
     fn zero(&mut self, at: u64, len: u64) {
         self.actions.push(Action::Zero { at, len });
     }

@@ -26,6 +26,7 @@ pub enum Verdict {
 
 /// Compares two disks. Where one is longer, its end has to be zeros; `strict`,
 /// sizes must be equal, and the same parts must be stored in the same way.
+/// Whether they are in one piece makes no difference, as it does for qemu-img.
 pub fn compare(
     a: &Source,
     b: &Source,

@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use super::chunk::{Action, Chunk, Job, Kind, Maker};
 use super::target::{Before, Target};
@@ -20,6 +21,9 @@ const JOB: u64 = 1 << 20;
 /// And where it is compressed, so that it is spread well.
 const COMPRESSED_JOB: u64 = 256 << 10;
 
+/// How long nobody looks whether the copy is to end.
+const NAP: Duration = Duration::from_millis(100);
+
 /// What a worker brings: the number of the job, and what became of it.
 type Done = (u64, Result<Chunk>);
 
@@ -30,6 +34,8 @@ struct Copy<'a> {
     maker: Maker<'a>,
     /// Buffers for jobs to come.
     spare: Mutex<Vec<Vec<u8>>>,
+    /// Nobody waits for the workers any more.
+    over: AtomicBool,
 }
 
 pub(super) fn copy(
@@ -58,6 +64,7 @@ pub(super) fn copy(
             sparse: options.sparse,
         },
         spare: Mutex::default(),
+        over: AtomicBool::new(false),
     };
     let workers = options.workers.max(1);
     let (jobs, taken) = mpsc::channel();
@@ -74,7 +81,9 @@ pub(super) fn copy(
         }
         drop(bring);
         // Dropping the sender ends the workers.
-        copy.drive(jobs, &brought, workers as u64, progress)
+        let driven = copy.drive(jobs, &brought, workers as u64, progress);
+        copy.over.store(true, Ordering::Relaxed);
+        driven
     })
 }
 
@@ -229,7 +238,23 @@ impl Copy<'_> {
         })
     }
 
+    /// Waits until a chunk may be written.
+    fn hold_back(&self, chunk: &Chunk) -> Result<()> {
+        let Some(rate) = &self.options.rate else {
+            return Ok(());
+        };
+        let mut left = rate.wait_for(chunk.stored_bytes());
+        while !left.is_zero() && !self.over.load(Ordering::Relaxed) {
+            self.check_cancelled()?;
+            let nap = left.min(NAP);
+            std::thread::sleep(nap);
+            left -= nap;
+        }
+        Ok(())
+    }
+
     async fn store(&self, chunk: &Chunk) -> Result<()> {
+        self.hold_back(chunk)?;
         for action in &chunk.actions {
             match action {
                 Action::Write(range) => {

@@ -2,10 +2,12 @@
 //! and telling how much space one will take. Knows the formats' names, and
 //! nothing of command lines.
 
+mod bitmaps;
 mod chunk;
 mod compare;
 mod copy;
 mod measure;
+mod part;
 mod source;
 mod target;
 
@@ -14,9 +16,11 @@ use std::sync::atomic::AtomicBool;
 
 use crate::chain;
 use crate::crypto::Secret;
+use crate::engine::Rate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::create::{CreateOptions, Preallocation};
 
+pub use bitmaps::Bitmaps;
 pub use compare::{Verdict, compare};
 pub use measure::{Measure, measure_image, measure_size};
 pub use source::Source;
@@ -43,6 +47,12 @@ pub enum Output {
     ExistingQcow2,
 }
 
+impl Output {
+    fn is_raw(&self) -> bool {
+        matches!(self, Self::Raw(_) | Self::ExistingRaw)
+    }
+}
+
 /// How a disk is copied.
 #[derive(Debug)]
 pub struct Options<'a> {
@@ -65,7 +75,12 @@ pub struct Options<'a> {
     /// Data is written by whoever has it first: the result is not the same
     /// each time.
     pub out_of_order: bool,
-    /// How the output and what is below it are opened: policy and keys.
+    /// Which dirty bitmaps go along; None for none.
+    pub bitmaps: Option<Bitmaps>,
+    /// How fast data is written at most.
+    pub rate: Option<Rate>,
+    /// How the output and what is below it are opened: policy, keys, cache, and
+    /// what is durable when.
     pub chain: chain::Options,
     /// The copy ends early with an error when this becomes true.
     pub cancel: &'a AtomicBool,
@@ -79,15 +94,17 @@ pub struct Options<'a> {
 /// name is removed when the copy fails, and stays only when the process is
 /// killed or the power cut: it begins with a dot and ends in `.part`. The same
 /// holds for an external data file of the output, which gets its name just
-/// before the image does.
+/// before the image does, and loses it when the image does not get its own.
 pub fn convert(
     source: &Source,
     options: &Options<'_>,
     progress: impl FnMut(u64, u64),
 ) -> Result<()> {
     check(options)?;
+    bitmaps::check(source, options)?;
     let target = target::Target::make(source, options)?;
     copy::copy(source, &target, options, progress)?;
+    bitmaps::copy(source, &target, options)?;
     target.finish()
 }
 
@@ -95,7 +112,7 @@ fn check(options: &Options<'_>) -> Result<()> {
     let usage = |what: &str| Err(Error::new(ErrorKind::Usage, what).path(&options.path));
     if options.compress.is_some() {
         match &options.output {
-            Output::Raw(_) | Output::ExistingRaw => {
+            output if output.is_raw() => {
                 return usage("Compression not supported for this file format");
             }
             Output::Qcow2(image) if image.preallocation != Preallocation::Off => {

@@ -11,12 +11,17 @@ use crate::engine::{self, Engine};
 use crate::error::Result;
 use crate::storage::{Locks, OpenOptions, Role, Storage};
 
+/// Unit of what can be read or not, in bytes.
+const SECTOR: u64 = 512;
+
 /// An open disk, for reading from several threads.
 #[derive(Debug)]
 pub struct Source {
     disk: Disk,
     /// Which layers' files are sparse in their data; found out once.
     sparse: Mutex<Vec<Option<bool>>>,
+    /// What cannot be read is zeros.
+    salvage: bool,
 }
 
 #[derive(Debug)]
@@ -51,7 +56,17 @@ impl Source {
         Ok(Self {
             disk,
             sparse: Mutex::new(vec![None; layers]),
+            salvage: false,
         })
+    }
+
+    /// What cannot be read is said to be zeros, with a warning each time.
+    #[must_use]
+    pub fn salvaging(self) -> Self {
+        Self {
+            salvage: true,
+            ..self
+        }
     }
 
     /// The disk's size in bytes: a multiple of 512.
@@ -94,6 +109,28 @@ impl Source {
 
     /// The first part of a range whose bytes have one origin.
     pub(super) async fn extent(&self, at: u64, len: u64) -> Result<MapEntry> {
+        match self.find_extent(at, len).await {
+            Err(error) if self.salvage => {
+                tracing::warn!(
+                    "nobody knows where byte {at} of the disk is, zeros for it: {error}"
+                );
+                // What can be wrong is a cluster's.
+                let unit = self
+                    .engine()
+                    .map_or(SECTOR, |engine| engine.chain().top().cluster_size());
+                Ok(MapEntry {
+                    start: at,
+                    len: len.min(unit - at % unit),
+                    present: true,
+                    zero: true,
+                    ..MapEntry::default()
+                })
+            }
+            found => found,
+        }
+    }
+
+    async fn find_extent(&self, at: u64, len: u64) -> Result<MapEntry> {
         match &self.disk {
             Disk::Raw(layer) => {
                 let extent = layer.storage().extent_at(at);
@@ -131,9 +168,35 @@ impl Source {
         if buf.is_empty() {
             return Ok(());
         }
+        match self.read_all(at, buf).await {
+            Err(_) if self.salvage => self.read_some(at, buf).await,
+            read => read,
+        }
+    }
+
+    async fn read_all(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         match &self.disk {
             Disk::Raw(layer) => layer.storage().read(at, buf).await,
             Disk::Image(engine) => engine.read(0, at, Payload::of_slice_mut(buf)).await,
         }
+    }
+
+    /// Reads each sector that can be read; the others are zeros.
+    async fn read_some(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut lost_to = None;
+        for (sector, start) in buf
+            .chunks_mut(SECTOR as usize)
+            .zip((at..).step_by(SECTOR as usize))
+        {
+            let Err(error) = self.read_all(start, sector).await else {
+                continue;
+            };
+            sector.fill(0);
+            if lost_to != Some(start) {
+                tracing::warn!("byte {start} of the disk cannot be read, zeros for it: {error}");
+            }
+            lost_to = Some(start + SECTOR);
+        }
+        Ok(())
     }
 }

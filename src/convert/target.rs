@@ -1,12 +1,12 @@
-//! The file that is written. A new one is made under a name of its own beside
-//! the wanted one, which it takes when it is whole and durable.
+//! The file that is written: what is there or made, and what it shows before
+//! anything is written.
 
-use std::ffi::OsString;
-use std::fs::{self, File, Metadata};
+use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::part::{self, Part};
 use super::{Format, Options, Output, Source};
 use crate::block::Payload;
 use crate::chain::{self, Layer};
@@ -14,6 +14,7 @@ use crate::crypto::{Keyring, Limits, Secret};
 use crate::disk::blocking;
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Barrier;
 use crate::qcow2::create::{Backing, CreateOptions, Preallocation};
 use crate::storage::{OpenOptions, Storage};
 
@@ -45,26 +46,35 @@ pub(super) struct Target {
 
 #[derive(Debug)]
 enum Disk {
-    Raw(Storage),
+    Raw(Raw),
     Image(Box<Engine>),
 }
 
-/// A file under its first name.
+/// A raw file or device.
 #[derive(Debug)]
-struct Part {
-    path: PathBuf,
-    name: PathBuf,
-    /// The file that has the name until then, with its locks.
-    old: Option<Storage>,
-    removed: bool,
+struct Raw {
+    storage: Storage,
+    /// Each write is durable before the next.
+    at_once: bool,
 }
 
-impl Drop for Part {
-    fn drop(&mut self) {
-        if !self.removed {
-            // What led here is the error that counts.
-            let _ = fs::remove_file(&self.path);
+impl Raw {
+    fn new(storage: Storage, barrier: Barrier) -> Self {
+        Self {
+            storage: match barrier {
+                Barrier::None => storage.short_lived(),
+                _ => storage,
+            },
+            at_once: barrier == Barrier::Full,
         }
+    }
+
+    async fn written(&self, done: Result<()>) -> Result<()> {
+        done?;
+        if self.at_once {
+            self.storage.sync().await?;
+        }
+        Ok(())
     }
 }
 
@@ -73,10 +83,10 @@ impl Target {
         match &options.output {
             Output::Raw(preallocation) => {
                 let part = Part::new(&options.path, source)?;
-                let storage = make_raw(&part.path, source.size(), *preallocation)
+                let storage = make_raw(&part.path, source.size(), *preallocation, options)
                     .map_err(|e| e.path(&options.path))?;
                 Ok(Self {
-                    disk: Disk::Raw(storage),
+                    disk: Disk::Raw(Raw::new(storage, options.chain.image.barrier)),
                     before: Before::Zeros,
                     parts: vec![part],
                 })
@@ -84,8 +94,9 @@ impl Target {
             Output::Qcow2(image) => Self::make_image(source, image, options),
             Output::ExistingRaw => {
                 refuse_input(source, &options.path, identity(&options.path)?)?;
-                let storage = Storage::open(&options.path, &OpenOptions::read_write())?;
-                let target = Self::existing(Disk::Raw(storage), options);
+                let storage = Storage::open(&options.path, &raw_options(options))?;
+                let raw = Raw::new(storage, options.chain.image.barrier);
+                let target = Self::existing(Disk::Raw(raw), options);
                 target.check_existing(source, &options.path)?;
                 Ok(target)
             }
@@ -121,7 +132,7 @@ impl Target {
 
     fn check_existing(&self, source: &Source, path: &Path) -> Result<()> {
         let (file, data) = match &self.disk {
-            Disk::Raw(storage) => (storage, None),
+            Disk::Raw(raw) => (&raw.storage, None),
             Disk::Image(engine) => {
                 let image = engine.chain().top();
                 (image.storage(), image.data_file())
@@ -132,7 +143,7 @@ impl Target {
             refuse_input(source, data.path(), data.identity())?;
         }
         let size = match &self.disk {
-            Disk::Raw(storage) => storage.len(),
+            Disk::Raw(raw) => raw.storage.len(),
             Disk::Image(engine) => engine.size(),
         };
         if size < source.size() {
@@ -225,14 +236,17 @@ impl Target {
 
     pub(super) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         match &self.disk {
-            Disk::Raw(storage) => storage.write(at, bytes).await,
+            Disk::Raw(raw) => raw.written(raw.storage.write(at, bytes).await).await,
             Disk::Image(engine) => engine.write(0, at, Payload::of_slice(bytes)).await,
         }
     }
 
     pub(super) async fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
         match &self.disk {
-            Disk::Raw(storage) => storage.write_zeroes(at, len, true).await,
+            Disk::Raw(raw) => {
+                let done = raw.storage.write_zeroes(at, len, true).await;
+                raw.written(done).await
+            }
             Disk::Image(engine) => engine.write_zeroes(0, at, len, true).await,
         }
     }
@@ -242,102 +256,17 @@ impl Target {
         let Self { disk, parts, .. } = self;
         blocking(async {
             match &disk {
-                Disk::Raw(storage) => storage.sync().await,
+                Disk::Raw(raw) => raw.storage.sync().await,
                 Disk::Image(engine) => engine.close().await,
             }
         })?;
         // Its locks go with it: under its name the file is free.
         drop(disk);
-        parts.into_iter().try_for_each(Part::name)
+        part::name_all(parts)
     }
 }
 
-impl Part {
-    /// A first name for what is to be `path`.
-    fn new(path: &Path, source: &Source) -> Result<Self> {
-        let failed = |doing: &str, e| Error::io(doing, e).path(path);
-        // Links are followed, as writing to the name would.
-        let name = match fs::symlink_metadata(path) {
-            Ok(metadata) if metadata.is_symlink() => {
-                fs::canonicalize(path).map_err(|e| failed("follow the link", e))?
-            }
-            _ => path.to_owned(),
-        };
-        let old = match fs::metadata(&name) {
-            Ok(metadata) => {
-                check_replaceable(&metadata, path)?;
-                refuse_input(source, path, (metadata.dev(), metadata.ino()))?;
-                // Nobody uses it now, nor until it is replaced.
-                Some(Storage::open(&name, &OpenOptions::read_write())?)
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(failed("examine the file", e)),
-        };
-        let Some(file_name) = name.file_name() else {
-            return Err(Error::new(ErrorKind::Usage, "this is not a file name").path(path));
-        };
-        for attempt in 0..1000_u32 {
-            let mut part = OsString::from(".");
-            part.push(file_name);
-            part.push(format!(".{}-{attempt}.part", std::process::id()));
-            let part = name.with_file_name(part);
-            match File::options().write(true).create_new(true).open(&part) {
-                Ok(_) => {
-                    return Ok(Self {
-                        path: part,
-                        name,
-                        old,
-                        removed: false,
-                    });
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(failed("make the file", e)),
-            }
-        }
-        Err(Error::new(
-            ErrorKind::Busy,
-            "there is no free name for a new file beside it",
-        )
-        .path(path))
-    }
-
-    /// Gives the file its name, durably.
-    fn name(mut self) -> Result<()> {
-        let failed = |doing: &str, e| Error::io(doing, e).path(&self.name);
-        if let Some(old) = &self.old {
-            let metadata =
-                fs::metadata(old.path()).map_err(|e| failed("examine the old file", e))?;
-            fs::set_permissions(&self.path, metadata.permissions())
-                .map_err(|e| failed("keep the permissions of the old file", e))?;
-            // Only root may give files away; others keep the new one.
-            let _ =
-                std::os::unix::fs::chown(&self.path, Some(metadata.uid()), Some(metadata.gid()));
-        }
-        fs::rename(&self.path, &self.name).map_err(|e| failed("give the file its name", e))?;
-        self.removed = true;
-        let folder = match self.name.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(|e| failed("make the name durable", e))
-    }
-}
-
-fn check_replaceable(metadata: &Metadata, path: &Path) -> Result<()> {
-    if metadata.is_file() {
-        return Ok(());
-    }
-    let error = if metadata.file_type().is_block_device() {
-        Error::new(ErrorKind::Usage, "a block device exists already").cure("write over it with -n")
-    } else {
-        Error::new(ErrorKind::Usage, "only a regular file can be made anew")
-    };
-    Err(error.path(path))
-}
-
-fn identity(path: &Path) -> Result<(u64, u64)> {
+pub(super) fn identity(path: &Path) -> Result<(u64, u64)> {
     let metadata = fs::metadata(path).map_err(|e| Error::io("open the file", e).path(path))?;
     Ok(if metadata.file_type().is_block_device() {
         (0, metadata.rdev())
@@ -386,7 +315,7 @@ fn refuse_output_as_data(data: &Path, name: &Path) -> Result<()> {
     Err(Error::new(ErrorKind::Usage, "an image cannot be its own data file").path(name))
 }
 
-fn refuse_input(source: &Source, path: &Path, identity: (u64, u64)) -> Result<()> {
+pub(super) fn refuse_input(source: &Source, path: &Path, identity: (u64, u64)) -> Result<()> {
     if !source.uses(identity) {
         return Ok(());
     }
@@ -444,9 +373,19 @@ fn before_over(
     Ok(Before::Disk(Box::new(disk)))
 }
 
+/// How a raw output is opened.
+fn raw_options(options: &Options<'_>) -> OpenOptions {
+    OpenOptions::read_write().cache(options.chain.cache)
+}
+
 /// A raw file of zeros, under its first name.
-fn make_raw(path: &Path, size: u64, preallocation: Preallocation) -> Result<Storage> {
-    let storage = Storage::open(path, &OpenOptions::read_write())?;
+fn make_raw(
+    path: &Path,
+    size: u64,
+    preallocation: Preallocation,
+    options: &Options<'_>,
+) -> Result<Storage> {
+    let storage = Storage::open(path, &raw_options(options))?;
     blocking(async {
         storage.set_len(size).await?;
         match preallocation {

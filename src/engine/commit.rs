@@ -8,14 +8,14 @@
 //! what the image shows: what was written below is hidden by the image itself,
 //! until it is durable.
 
-use super::Engine;
 use super::rebase::Progress;
+use super::{Engine, Rate};
 use crate::block::Payload;
 use crate::chain::{Apart, Chain, Layer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::{GuestOffset, Image, Mapping};
+use crate::qcow2::{Barrier, GuestOffset, Image, Mapping};
 use crate::rule::Rule;
-use crate::runtime::Buf;
+use crate::runtime::{Buf, ops};
 use crate::storage::Storage;
 
 /// Bytes copied at once.
@@ -27,6 +27,9 @@ pub struct Commit {
     /// The layers above, without anything below them.
     upper: Engine,
     base: Base,
+    /// What is durable when, in a raw base.
+    barrier: Barrier,
+    rate: Option<Rate>,
 }
 
 /// The layer that takes the data.
@@ -67,7 +70,29 @@ impl Commit {
         Ok(Self {
             upper: Engine::new(upper, super::Options::default()),
             base,
+            barrier: Barrier::default(),
+            rate: None,
         })
+    }
+
+    /// Writes data no faster.
+    #[must_use]
+    pub fn at_rate(self, rate: Option<Rate>) -> Self {
+        Self { rate, ..self }
+    }
+
+    /// What is durable when in a raw base; images know it themselves.
+    #[must_use]
+    pub fn with_barrier(self, barrier: Barrier) -> Self {
+        let base = match self.base {
+            Base::Raw(storage) if barrier == Barrier::None => Base::Raw(storage.short_lived()),
+            base => base,
+        };
+        Self {
+            base,
+            barrier,
+            ..self
+        }
     }
 
     fn top(&self) -> &Image {
@@ -137,17 +162,33 @@ impl Commit {
     async fn copy_part(&self, at: u64, len: u64, mut buf: Buf) -> Result<Buf> {
         let bytes = &mut buf[..len as usize];
         self.upper.read(0, at, Payload::of_slice_mut(bytes)).await?;
+        if let Some(rate) = &self.rate {
+            ops::sleep(rate.wait_for(len)).await;
+        }
         match &self.base {
             Base::Qcow2(engine) => engine.write(0, at, Payload::of_slice(bytes)).await?,
-            Base::Raw(storage) => storage.write(at, bytes).await?,
+            Base::Raw(storage) => {
+                storage.write(at, bytes).await?;
+                self.raw_written(storage).await?;
+            }
         }
         Ok(buf)
+    }
+
+    async fn raw_written(&self, storage: &Storage) -> Result<()> {
+        if self.barrier == Barrier::Full {
+            storage.sync().await?;
+        }
+        Ok(())
     }
 
     async fn zero(&self, at: u64, len: u64) -> Result<()> {
         match &self.base {
             Base::Qcow2(engine) => engine.write_zeroes(0, at, len, true).await,
-            Base::Raw(storage) => storage.write_zeroes(at, len, true).await,
+            Base::Raw(storage) => {
+                storage.write_zeroes(at, len, true).await?;
+                self.raw_written(storage).await
+            }
         }
     }
 

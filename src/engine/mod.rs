@@ -13,6 +13,7 @@ mod flight;
 mod housekeeper;
 mod parts;
 mod ranges;
+mod rate;
 mod read;
 mod rebase;
 mod resize;
@@ -31,6 +32,7 @@ pub(crate) use compressed::is_zero;
 pub use detect::DetectZeroes;
 pub use housekeeper::Housekeeper;
 use ranges::Ranges;
+pub use rate::Rate;
 pub use rebase::Progress;
 pub use resize::RawDisk;
 

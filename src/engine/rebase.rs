@@ -84,7 +84,11 @@ impl Engine {
             let mut len = extent.len;
             if extent.mapping == Mapping::Unallocated {
                 len = len.min(STEP - at % STEP);
+                let before = image.changes();
                 len = self.keep(slot, at, len, &new, compress, &mut bufs).await?;
+                if image.changes() != before {
+                    image.acknowledge(before).await?;
+                }
             }
             at += len;
             progress(at, size);

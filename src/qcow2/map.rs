@@ -113,7 +113,7 @@ impl Image {
         let reserved = self.reserve(slot, 1).await?;
         let table = reserved.offset();
         let cluster_size = self.geometry.cluster_size();
-        self.check_overlap(table, cluster_size)?;
+        self.check_new_metadata(table, cluster_size)?;
         match shared {
             L1Entry::Unallocated => self.write_zero_cluster(table).await?,
             L1Entry::Table { offset, .. } => {

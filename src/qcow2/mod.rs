@@ -54,6 +54,7 @@ pub use barrier::Barrier;
 pub use bitmap::{BitmapAction, BitmapContent, BitmapInfo};
 pub(crate) use crypt::DataCipher;
 pub use crypt::KeySlots;
+pub use meta::CacheStats;
 pub use metadata::OverlapCheck;
 pub use open::ImageOptions;
 pub(crate) use open::read_header;
@@ -191,6 +192,16 @@ impl Image {
         self.storage.writable()
     }
 
+    /// What the cache of L2 tables has done.
+    pub fn l2_cache_stats(&self) -> CacheStats {
+        self.l2.stats()
+    }
+
+    /// What the cache of refcount blocks has done.
+    pub fn refcount_cache_stats(&self) -> CacheStats {
+        self.refblocks.stats()
+    }
+
     /// Counts a request in: mappings it looks up stay valid until the presence
     /// ends.
     #[inline]
@@ -210,10 +221,22 @@ impl Image {
         if self.data_file.is_some() {
             return Ok(()); // there is no metadata in that file
         }
-        match self.metadata.overlap(host, len) {
+        self.refuse_overlap(host, len, "the image maps guest data onto its own metadata")
+    }
+
+    /// Refuses new metadata where other metadata is: refcounts that lie give
+    /// it out as free. All metadata is in the image's own file.
+    #[inline]
+    pub(crate) fn check_new_metadata(&self, offset: HostOffset, len: u64) -> Result<()> {
+        self.refuse_overlap(offset, len, "the refcounts count metadata as free")
+    }
+
+    #[inline]
+    fn refuse_overlap(&self, offset: HostOffset, len: u64, why: &str) -> Result<()> {
+        match self.metadata.overlap(offset, len) {
             None => Ok(()),
             Some(cluster) => Err(Error::corrupt(
-                "the image maps guest data onto its own metadata; the write is refused",
+                format!("{why}; the write is refused"),
                 cluster << self.geometry.cluster_bits,
             )
             .path(self.path())

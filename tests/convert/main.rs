@@ -6,6 +6,8 @@ mod common;
 
 mod bad;
 mod copies;
+mod faults;
+mod options;
 mod reports;
 
 use std::os::unix::fs::MetadataExt;

@@ -6,6 +6,7 @@ mod common;
 
 mod check;
 mod outputs;
+mod overlap;
 mod resize;
 mod tools;
 

@@ -7,6 +7,7 @@ mod commit;
 mod common;
 mod cuts;
 mod data_file_cuts;
+mod options;
 mod place;
 mod rebase;
 mod resize;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use serde_json::Value;
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::view::{Info, SnapshotView, SpecificData};
 use crate::cli::output::printable;
@@ -43,10 +43,7 @@ pub(super) fn of(info: &Info) -> String {
         text += "Snapshot list:\n";
         snapshots(&mut text, &info.snapshots);
     }
-    if let Some(specific) = &info.format_specific {
-        text += "Format specific information:\n";
-        details(&mut text, &specific.data);
-    }
+    text += &specific(info);
     for child in &info.children {
         let _ = writeln!(text, "Child node '/{}':", child.name);
         let file = &child.info;
@@ -57,6 +54,16 @@ pub(super) fn of(info: &Info) -> String {
         line("protocol type", file.format);
         line("file length", &bytes(file.virtual_size));
         line("disk size", &size::human(file.actual_size));
+    }
+    text
+}
+
+/// What the format has of its own.
+pub(super) fn specific(info: &Info) -> String {
+    let mut text = String::new();
+    if let Some(specific) = &info.format_specific {
+        text += "Format specific information:\n";
+        details(&mut text, &specific.data);
     }
     text
 }
@@ -126,37 +133,86 @@ fn date(seconds: u64) -> String {
 }
 
 fn details(text: &mut String, data: &SpecificData) {
-    if let Ok(value) = serde_json::to_value(data) {
-        nested(text, &value, 1);
+    let json = serde_json::to_string(data).unwrap_or_default();
+    if let Ok(node) = serde_json::from_str(&json) {
+        nested(text, &node, 1);
+    }
+}
+
+/// A value whose keys have kept their order, in which qemu-img shows them.
+enum Node {
+    Leaf(String),
+    List(Vec<Self>),
+    Map(Vec<(String, Self)>),
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(Nodes)
+    }
+}
+
+struct Nodes;
+
+impl<'de> Visitor<'de> for Nodes {
+    type Value = Node;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Node, E> {
+        Ok(Node::Leaf(value.to_string()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Node, E> {
+        Ok(Node::Leaf(value.to_string()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Node, E> {
+        Ok(Node::Leaf(printable(value)))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Node, A::Error> {
+        let mut list = Vec::new();
+        while let Some(node) = from.next_element()? {
+            list.push(node);
+        }
+        Ok(Node::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut from: A) -> Result<Node, A::Error> {
+        let mut map = Vec::new();
+        while let Some(entry) = from.next_entry()? {
+            map.push(entry);
+        }
+        Ok(Node::Map(map))
     }
 }
 
 /// A value as indented lines: keys with blanks for dashes, lists numbered.
-fn nested(text: &mut String, value: &Value, depth: usize) {
-    let items: Vec<(String, &Value)> = match value {
-        Value::Object(map) => map
+fn nested(text: &mut String, node: &Node, depth: usize) {
+    let items: Vec<(String, &Node)> = match node {
+        Node::Map(map) => map
             .iter()
-            .map(|(key, value)| (key.replace('-', " "), value))
+            .map(|(key, node)| (key.replace('-', " "), node))
             .collect(),
-        Value::Array(list) => list
+        Node::List(list) => list
             .iter()
             .enumerate()
-            .map(|(i, value)| (format!("[{i}]"), value))
+            .map(|(i, node)| (format!("[{i}]"), node))
             .collect(),
-        _ => return,
+        Node::Leaf(_) => return,
     };
-    for (name, value) in items {
+    for (name, node) in items {
         let _ = write!(text, "{:1$}{name}:", "", depth * 4);
-        match value {
-            Value::Object(_) | Value::Array(_) => {
+        match node {
+            Node::Leaf(value) => {
+                let _ = writeln!(text, " {value}");
+            }
+            Node::List(_) | Node::Map(_) => {
                 text.push('\n');
-                nested(text, value, depth + 1);
-            }
-            Value::String(value) => {
-                let _ = writeln!(text, " {}", printable(value));
-            }
-            other => {
-                let _ = writeln!(text, " {other}");
+                nested(text, node, depth + 1);
             }
         }
     }

@@ -29,8 +29,9 @@ flush, aio_flush
         make everything before durable; wait for everything in flight
 truncate [-m off|metadata|falloc|full] SIZE, length
         change the disk's size, with space for what is new; show the size
-alloc OFF [LEN], map
-        show how much of a range, or which parts, the image itself has
+alloc OFF [LEN], map, info
+        show how much of a range, or which parts, the image itself has; what
+        the image says about itself
 sleep MS, abort, sigraise SIGNAL, help, quit
         wait; die; die by a signal; this text; end
 
@@ -101,6 +102,7 @@ pub(super) enum Command {
     Truncate(u64, Preallocation),
     Alloc { offset: u64, len: u64 },
     Map,
+    Info,
     Length,
     Sleep(Duration),
     Abort,
@@ -140,6 +142,7 @@ impl Command {
             "quit" | "q" => alone(Self::Quit),
             "help" | "?" => Ok(Self::Help),
             "map" => alone(Self::Map),
+            "info" | "i" => alone(Self::Info),
             "alloc" => alloc(name, &words),
             "truncate" | "t" => truncate(name, &words),
             "sleep" => number("milliseconds").map(|ms| Self::Sleep(Duration::from_millis(ms))),
@@ -148,6 +151,16 @@ impl Command {
                     .map(Self::Raise)
                     .map_err(|_| format!("{number} is not a signal"))
             }),
+            "open" | "o" | "close" | "c" | "reopen" => Err(format!(
+                "{name} is not supported: one image is open all the time; start the program anew"
+            )),
+            "break" | "remove_break" | "resume" | "wait_break" => Err(format!(
+                "{name} is not supported: there is nothing to stop requests at; use aio_read, \
+                 aio_write and aio_flush"
+            )),
+            _ if name.starts_with("zone_") => Err(format!(
+                "{name} is not supported: qcow2 images have no zones"
+            )),
             _ => Err(format!("command \"{name}\" not found")),
         }
     }
@@ -184,6 +197,8 @@ impl<'a> Words<'a> {
                     let value = value.ok_or_else(|| format!("{name}: -{letter} wants a value"))?;
                     options.push((letter, value));
                     break;
+                } else if letter == 'b' {
+                    return Err(format!("{name}: -b (VM state) is not supported"));
                 } else {
                     return Err(format!("{name} has no option -{letter}"));
                 }
@@ -392,8 +407,26 @@ mod tests {
             "alloc",
             "alloc 0 1 2",
             "map 1",
+            "info 1",
         ] {
             assert!(Command::parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_only_qemu_has_is_refused_by_name() {
+        for line in [
+            "open -r a",
+            "close",
+            "reopen -w",
+            "break write_aio A",
+            "resume A",
+            "zone_report 0 1",
+            "write -b 0 512",
+            "read -b 0 512",
+        ] {
+            let text = Command::parse(line).unwrap_err();
+            assert!(text.contains("is not supported"), "{text}");
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::cli::output;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result, errno_text};
 use crate::qcow2::create::Preallocation;
+use crate::report::LayerInfo;
 use crate::runtime::{self, Buf, JoinHandle, ops};
 
 /// What comes after a command.
@@ -73,6 +74,10 @@ impl Session {
             Command::Map => {
                 let shown = self.map().await;
                 self.show("map", shown)?;
+            }
+            Command::Info => {
+                let shown = self.info().await;
+                self.show("info", shown)?;
             }
             Command::Length => {
                 let size = report::quantity(self.engine.size() as f64);
@@ -160,6 +165,21 @@ impl Session {
             at += len;
         }
         Ok(text)
+    }
+
+    async fn info(&self) -> Result<String> {
+        let image = self.engine.chain().top();
+        let geometry = image.geometry();
+        // VM states are behind what the L1 table has for the disk.
+        let l2_tables = geometry.l1_entries_for(image.size());
+        let vm_state = l2_tables * geometry.l1_entry_span();
+        let layer = LayerInfo::of(image.storage(), false).await?;
+        Ok(format!(
+            "format name: qcow2\ncluster size: {}\nvm state offset: {}\n{}",
+            report::quantity(image.cluster_size() as f64),
+            report::quantity(vm_state as f64),
+            crate::cli::info::specific(&layer),
+        ))
     }
 
     async fn operation(&mut self, operation: Operation) -> Result<()> {

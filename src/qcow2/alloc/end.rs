@@ -153,7 +153,7 @@ impl Image {
         let per_block = alloc.refcounts.per_block();
         let end = start + count + self.missing_blocks(alloc, start, count)?;
         let range = (end - start) << cluster_bits;
-        self.check_overlap(HostOffset(start << cluster_bits), range)?;
+        self.check_new_metadata(HostOffset(start << cluster_bits), range)?;
         self.grow_file(alloc, end).await?;
         // Whatever fails from here on, these clusters are not tried again.
         alloc.end = Some(end);

@@ -46,8 +46,7 @@ impl Claims<'_> {
             zeroed: false,
         });
         let offset = HostOffset::of_cluster(first, image.geometry.cluster_bits);
-        // Refcounts that lie give metadata out as free.
-        image.check_overlap(offset, count << image.geometry.cluster_bits)?;
+        image.check_new_metadata(offset, count << image.geometry.cluster_bits)?;
         Ok(offset)
     }
 

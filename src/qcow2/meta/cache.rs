@@ -24,7 +24,56 @@ enum Slot {
     Ready(Arc<Slice>),
 }
 
-type Shard = Mutex<LruCache<u64, Slot>>;
+/// A part of the cache, under a lock of its own; what is counted in it costs
+/// no lock besides.
+struct Shard {
+    slices: LruCache<u64, Slot>,
+    hits: u64,
+    misses: u64,
+    evictions: u64,
+}
+
+impl Default for Shard {
+    fn default() -> Self {
+        Self {
+            // Unbounded: `make_room` decides what goes, an LruCache's own
+            // limit would drop dirty slices.
+            slices: LruCache::unbounded(),
+            hits: 0,
+            misses: 0,
+            evictions: 0,
+        }
+    }
+}
+
+impl Shard {
+    /// A slice that is here; this is a hit.
+    #[inline]
+    fn hit(&mut self, offset: HostOffset) -> Option<Arc<Slice>> {
+        match self.slices.get(&offset.0) {
+            Some(Slot::Ready(slice)) => {
+                self.hits += 1;
+                Some(Arc::clone(slice))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What a cache of tables has done since the image was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Look-ups of a slice that was in memory.
+    pub hits: u64,
+    /// Slices read from the file.
+    pub misses: u64,
+    /// Slices dropped to make room for others.
+    pub evictions: u64,
+    /// Bytes of slices in memory now.
+    pub bytes: u64,
+    /// Bytes that there may be, but for those that have to be written yet.
+    pub capacity: u64,
+}
 
 /// A cache of slices of one kind of table.
 pub(crate) struct SliceCache {
@@ -33,7 +82,7 @@ pub(crate) struct SliceCache {
     slice_bytes: u64,
     /// Words belong together two by two.
     pairs: bool,
-    shards: [Shard; SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
     shard_capacity: usize,
     loaded: WaitList,
     dirty: Mutex<Vec<Arc<Slice>>>,
@@ -58,9 +107,7 @@ impl SliceCache {
             what,
             slice_bytes,
             pairs: false,
-            // Unbounded: `make_room` decides what goes, an LruCache's own
-            // limit would drop dirty slices.
-            shards: std::array::from_fn(|_| Mutex::new(LruCache::unbounded())),
+            shards: std::array::from_fn(|_| Mutex::default()),
             shard_capacity,
             loaded: WaitList::default(),
             dirty: Mutex::default(),
@@ -78,7 +125,24 @@ impl SliceCache {
         self.slice_bytes
     }
 
-    fn shard(&self, offset: HostOffset) -> MutexGuard<'_, LruCache<u64, Slot>> {
+    /// What it has done.
+    pub(crate) fn stats(&self) -> CacheStats {
+        let capacity = self.shard_capacity as u64 * SHARDS as u64 * self.slice_bytes;
+        let mut stats = CacheStats {
+            capacity,
+            ..CacheStats::default()
+        };
+        for shard in &self.shards {
+            let shard = lock(shard);
+            stats.hits += shard.hits;
+            stats.misses += shard.misses;
+            stats.evictions += shard.evictions;
+            stats.bytes += shard.slices.len() as u64 * self.slice_bytes;
+        }
+        stats
+    }
+
+    fn shard(&self, offset: HostOffset) -> MutexGuard<'_, Shard> {
         let index = (offset.0 / self.slice_bytes) as usize % SHARDS;
         lock(&self.shards[index])
     }
@@ -86,10 +150,7 @@ impl SliceCache {
     /// The slice at `offset` (a multiple of the slice length), if it is here.
     #[inline]
     pub(crate) fn get(&self, offset: HostOffset) -> Option<Arc<Slice>> {
-        match self.shard(offset).get(&offset.0) {
-            Some(Slot::Ready(slice)) => Some(Arc::clone(slice)),
-            _ => None,
-        }
+        self.shard(offset).hit(offset)
     }
 
     /// The slice at `offset`, read from the file if it is not here.
@@ -102,14 +163,15 @@ impl SliceCache {
             .loaded
             .wait_until(|| {
                 let mut shard = self.shard(offset);
-                match shard.get(&offset.0) {
-                    Some(Slot::Ready(slice)) => Some(Found::Here(Arc::clone(slice))),
-                    Some(Slot::Loading) => None,
-                    None => {
-                        shard.put(offset.0, Slot::Loading);
-                        Some(Found::OursToLoad)
-                    }
+                if let Some(slice) = shard.hit(offset) {
+                    return Some(Found::Here(slice));
                 }
+                if shard.slices.contains(&offset.0) {
+                    return None; // somebody is loading it
+                }
+                shard.misses += 1;
+                shard.slices.put(offset.0, Slot::Loading);
+                Some(Found::OursToLoad)
             })
             .await;
         if let Found::Here(slice) = found {
@@ -130,17 +192,20 @@ impl SliceCache {
         Ok(slice)
     }
 
-    fn make_room(shard: &mut LruCache<u64, Slot>, capacity: usize) {
+    fn make_room(shard: &mut Shard, capacity: usize) {
         // Dirty slices and those somebody holds move to the young end; a few
         // steps are enough on average, and the bound is soft.
         let mut steps = 8;
-        while shard.len() > capacity && steps > 0 {
+        while shard.slices.len() > capacity && steps > 0 {
             steps -= 1;
-            match shard.pop_lru() {
+            match shard.slices.pop_lru() {
                 Some((_, Slot::Ready(slice)))
-                    if !slice.is_dirty() && Arc::strong_count(&slice) == 1 => {}
+                    if !slice.is_dirty() && Arc::strong_count(&slice) == 1 =>
+                {
+                    shard.evictions += 1;
+                }
                 Some((offset, slot)) => {
-                    shard.put(offset, slot);
+                    shard.slices.put(offset, slot);
                 }
                 None => {}
             }
@@ -198,7 +263,7 @@ impl SliceCache {
     pub(crate) fn clear(&self) {
         debug_assert!(!self.has_dirty());
         for shard in &self.shards {
-            lock(shard).clear();
+            lock(shard).slices.clear();
         }
     }
 
@@ -207,8 +272,8 @@ impl SliceCache {
         let mut at = offset;
         while at < offset + len {
             let mut shard = self.shard(at);
-            if let Some(Slot::Ready(_)) = shard.peek(&at.0) {
-                shard.pop(&at.0);
+            if let Some(Slot::Ready(_)) = shard.slices.peek(&at.0) {
+                shard.slices.pop(&at.0);
             }
             drop(shard);
             at += self.slice_bytes;
@@ -225,7 +290,7 @@ struct LoadMark<'a> {
 impl LoadMark<'_> {
     fn fill(self, slice: Arc<Slice>) {
         let mut shard = self.cache.shard(self.offset);
-        shard.put(self.offset.0, Slot::Ready(slice));
+        shard.slices.put(self.offset.0, Slot::Ready(slice));
         SliceCache::make_room(&mut shard, self.cache.shard_capacity);
     }
 }
@@ -233,8 +298,8 @@ impl LoadMark<'_> {
 impl Drop for LoadMark<'_> {
     fn drop(&mut self) {
         let mut shard = self.cache.shard(self.offset);
-        if let Some(Slot::Loading) = shard.peek(&self.offset.0) {
-            shard.pop(&self.offset.0);
+        if let Some(Slot::Loading) = shard.slices.peek(&self.offset.0) {
+            shard.slices.pop(&self.offset.0);
         }
         drop(shard);
         self.cache.loaded.notify_all();
@@ -243,4 +308,58 @@ impl Drop for LoadMark<'_> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Runtime;
+    use crate::storage::sim::{Image, SimDisk};
+
+    /// The figures of a known sequence, to the last one.
+    #[test]
+    fn what_is_counted_is_exact() {
+        let disk = SimDisk::with_image(Image::from_bytes(&[0; 1 << 20]));
+        let storage = Storage::simulated(&disk, 1);
+        // Four slices in each of 16 shards.
+        let cache = SliceCache::new("L2 table", 65536, 0);
+        let figures = || {
+            let stats = cache.stats();
+            (stats.hits, stats.misses, stats.evictions, stats.bytes >> 12)
+        };
+        // Slice number `n` of those in one shard.
+        let at = |n: u64| HostOffset(n * 65536);
+        Runtime::inline().unwrap().block_on(async {
+            assert_eq!(cache.stats().capacity, 64 * 4096);
+            assert!(cache.get(at(0)).is_none());
+            assert_eq!(figures(), (0, 0, 0, 0), "what is not here is read then");
+            for n in 0..4 {
+                cache.load(&storage, at(n)).await.unwrap();
+            }
+            assert_eq!(figures(), (0, 4, 0, 4));
+            for n in [0, 1, 1, 3] {
+                assert!(cache.get(at(n)).is_some());
+            }
+            cache.load(&storage, at(0)).await.unwrap();
+            assert_eq!(figures(), (5, 4, 0, 4));
+            // Slice 2 is the oldest, and then 1.
+            cache.load(&storage, at(4)).await.unwrap();
+            assert!(cache.get(at(2)).is_none() && cache.get(at(1)).is_some());
+            assert_eq!(figures(), (6, 5, 1, 4));
+            // A dirty slice and one that somebody holds stay.
+            let held = cache.get(at(3)).unwrap();
+            cache.mark_dirty(&cache.get(at(0)).unwrap());
+            cache.load(&storage, at(5)).await.unwrap();
+            cache.load(&storage, at(6)).await.unwrap();
+            assert_eq!(figures(), (8, 7, 3, 4));
+            assert!(cache.get(at(0)).is_some() && cache.get(at(3)).is_some());
+            drop(held);
+            cache.forget(at(3), 4096);
+            assert_eq!(figures(), (10, 7, 3, 3), "not dropped for others");
+            // A read that fails is one that was tried.
+            disk.fail_nth(0, libc::EIO);
+            assert!(cache.load(&storage, at(9)).await.is_err());
+            assert_eq!(figures(), (10, 8, 3, 3));
+        });
+    }
 }

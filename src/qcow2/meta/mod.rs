@@ -37,6 +37,7 @@ pub(crate) mod l1;
 pub(crate) mod slice;
 mod table;
 
+pub use cache::CacheStats;
 pub(crate) use cache::SliceCache;
 pub(crate) use l1::L1Table;
 pub(crate) use slice::Slice;
