@@ -16,6 +16,7 @@ impl Image {
             return Ok(end);
         }
         let per_block = alloc.refcounts.per_block();
+        let per_slice = alloc.refcounts.per_slice(&self.refblocks);
         let mut end = 0;
         'blocks: for index in (0..alloc.refcounts.table.len() as u64).rev() {
             let block = alloc.refcounts.entry(index);
@@ -24,15 +25,13 @@ impl Image {
             if block == 0 || hole {
                 continue;
             }
-            let mut last = (index + 1) * per_block;
-            while last > index * per_block {
-                last -= 1;
-                if alloc
+            for slice in (0..per_block / per_slice).rev() {
+                let first = index * per_block + slice * per_slice;
+                let counts = alloc
                     .refcounts
-                    .get(&self.refblocks, &self.storage, last)
-                    .await?
-                    != 0
-                {
+                    .counts(&self.refblocks, &self.storage, first)
+                    .await?;
+                if let Some(last) = counts.and_then(|counts| counts.last_used()) {
                     end = last + 1;
                     break 'blocks;
                 }
