@@ -287,8 +287,9 @@ impl Checker<'_> {
         let zero = raw & ZERO != 0 && !self.geometry.extended_l2;
         let at_zero = self.external && raw & COPIED != 0;
         if offset == 0 && (zero || !at_zero) {
-            // Not worth a finding, says QEMU; nobody can read it, say we.
-            self.seen.entries |= raw & COPIED != 0;
+            // Not worth a finding, says QEMU; nobody can read it, say we. The
+            // first cluster of a data file may well be one that is kept.
+            self.seen.entries |= raw & COPIED != 0 && !self.external;
             // Allocated subclusters of a cluster that is not.
             if subclusters as u32 != 0 {
                 self.bad_l2_entry(table, entry, Rule::SubclusterNowhere);
