@@ -53,7 +53,6 @@ impl Image {
                 self.storage.sync().await?;
             }
         }
-        drop(alloc.free.split_off(&end));
         alloc.length_before = Some(0);
         Ok(())
     }

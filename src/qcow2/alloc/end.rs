@@ -47,6 +47,9 @@ impl Image {
             .cure("close the image and run `qcow2-ublk check -r all`"));
         }
         alloc.end = Some(end);
+        // What was freed there before anybody asked is behind the end now, and
+        // taken from there.
+        drop(alloc.free.split_off(&end));
         alloc.scan_end = end;
         alloc.fresh = self.storage.len().div_ceil(self.geometry.cluster_size());
         if self.storage.is_block_device() {
