@@ -15,8 +15,10 @@ pub enum Rule {
     DataBeforeMapping,
     /// Refcounts rise in the file before an entry names what they count.
     CountBeforeMapping,
-    /// Refcounts fall, and space is punched out, when the unmapping is durable.
+    /// Refcounts fall when the unmapping is durable.
     UnmappingBeforeFree,
+    /// Space is punched out when the unmapping is durable.
+    UnmappingBeforePunch,
     /// A freed cluster is used again when the unmapping is durable.
     UnmappingBeforeReuse,
     /// An L2 table is durable before an L1 entry names it.
@@ -29,12 +31,23 @@ pub enum Rule {
     L1BeforeHeader,
     /// All tables of a new state are durable before the header names them.
     StateBeforeSwitch,
+    /// Space that a new state frees is punched out when the header names that
+    /// state durably.
+    SwitchBeforePunch,
+    /// A refcount block is out of the table, durably, before the file is cut
+    /// off in front of it.
+    EntryBeforeCut,
     /// What a grown disk shows is durable before the header has its size.
     ZerosBeforeSize,
     /// A smaller size is in the header before mappings behind it go.
     SizeBeforeUnmapping,
+    /// A new size is durable before resizing is over.
+    SizeSyncs,
     /// Bitmaps that record are marked in use, durably, before the first write.
     MarkBeforeWrite,
+    /// Bitmaps that will not fit a smaller disk are marked in use, durably,
+    /// before the header has its size.
+    MarkBeforeSize,
     /// Bits and tables are durable before a directory names them.
     BitmapBeforeDirectory,
     /// The dirty mark is durable before refcounts are postponed.
@@ -53,6 +66,9 @@ pub enum Rule {
     /// What was committed to the layer below is durable before the image loses
     /// it.
     BaseBeforeEmpty,
+    /// Each step of a change of key slots is durable before the next: key
+    /// material before the slot that it is for.
+    KeyBeforeSlot,
 }
 
 #[cfg(debug_assertions)]
@@ -62,19 +78,24 @@ thread_local! {
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 26] = [
         Self::DataBeforeMapping,
         Self::CountBeforeMapping,
         Self::UnmappingBeforeFree,
+        Self::UnmappingBeforePunch,
         Self::UnmappingBeforeReuse,
         Self::TableBeforeL1,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
         Self::L1BeforeHeader,
         Self::StateBeforeSwitch,
+        Self::SwitchBeforePunch,
+        Self::EntryBeforeCut,
         Self::ZerosBeforeSize,
         Self::SizeBeforeUnmapping,
+        Self::SizeSyncs,
         Self::MarkBeforeWrite,
+        Self::MarkBeforeSize,
         Self::BitmapBeforeDirectory,
         Self::DirtyBeforeLazy,
         Self::CountsBeforeClean,
@@ -83,6 +104,7 @@ impl Rule {
         Self::FuaFlushes,
         Self::BarrierFlushes,
         Self::BaseBeforeEmpty,
+        Self::KeyBeforeSlot,
     ];
 
     /// True when this thread's test has broken it.

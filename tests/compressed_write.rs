@@ -12,7 +12,7 @@ use common::lab::{self, How};
 use common::{Reader, half_random, qemu_img, qemu_io};
 use qcow2_ublk::engine::Engine;
 use qcow2_ublk::qcow2::spec::{GuestOffset, L2Entry};
-use qcow2_ublk::qcow2::{CompressionType, create::CreateOptions};
+use qcow2_ublk::qcow2::{CompressionType, Selector, create::CreateOptions};
 use qcow2_ublk::storage::sim::{self, Rng, SimDisk, crash_images};
 use qcow2_ublk::{Disk, ErrorKind, chain};
 
@@ -510,4 +510,36 @@ fn cut(seed: u64, cluster: u64, kind: &str) {
         );
     }
     assert!(judged > 50, "{judged} states are too few to mean anything");
+}
+
+/// A place for compressed data that was given back, because an action on the
+/// open image wants nothing reserved, is taken again: what was read there
+/// before is not shown in its stead.
+#[test]
+fn a_place_given_back_for_an_action_shows_what_is_written_there_next() {
+    let disk = SimDisk::with_image(lab::created("", 1 << 20));
+    lab::block_on(async {
+        let engine = lab::open(&disk, &How::default()).await.unwrap();
+        let content = [3, 4].map(|seed| half_random(65536, seed));
+        engine
+            .write_compressed(0, 0, &content[0], None)
+            .await
+            .unwrap();
+        assert_eq!(lab::read(&engine, 0, 0, 65536).await.unwrap(), content[0]);
+        // The place loses its mapping; it is being filled, and so not free.
+        lab::write(&engine, 0, 0, &content[1], false).await.unwrap();
+        engine.flush().await.unwrap();
+        // Everything that is reserved goes back before this is refused.
+        let none = Selector::Name(b"none".into());
+        let refused = engine.chain().top().delete_snapshot(none).await;
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::NotFound);
+        engine
+            .write_compressed(0, 5 << 16, &content[1], None)
+            .await
+            .unwrap();
+        let shown = lab::read(&engine, 0, 5 << 16, 65536).await.unwrap();
+        assert!(shown == content[1], "the bytes of another cluster");
+        engine.close().await.unwrap();
+    });
+    assert_exact(&disk.image());
 }

@@ -5,12 +5,15 @@ mod common;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use common::lab::qemu_check;
+use common::lab::{self, How, qemu_check};
 use common::turns::Turn;
 use common::{Reader, half_random, qemu_img, qemu_io, run};
+use qcow2_ublk::qcow2::create::CreateOptions;
 use qcow2_ublk::qcow2::spec::{GuestOffset, HostOffset, L2Entry};
-use qcow2_ublk::storage::sim::Rng;
+use qcow2_ublk::runtime::{spawn, yield_now};
+use qcow2_ublk::storage::sim::{self, Rng, SimDisk, SimKind};
 use qcow2_ublk::{Disk, ErrorKind, chain};
 
 const K: u64 = 1 << 10;
@@ -475,4 +478,82 @@ fn create_as_qemu_does() {
         assert!(!good && text.contains(says), "{options}: {text}");
         assert!(!place.path("new").exists() && !place.path("x").exists());
     }
+}
+
+/// The first cluster of a data file, zeroed and kept, is no reason to leave
+/// leaks alone.
+#[test]
+fn leaks_are_repaired_where_the_first_cluster_is_kept() {
+    let place = Place::new("", "1M");
+    let image = place.image();
+    qemu_io(&image, &["write -P 7 0 128k", "write -z 0 64k"]);
+    let reader = Reader::open(&image);
+    assert_eq!(
+        reader.entry(GuestOffset(0)),
+        L2Entry::ZeroAllocated {
+            host: HostOffset(0),
+            copied: true
+        }
+    );
+    // A cluster more, that nobody refers to.
+    let len = reader.file.len() as u64;
+    assert!(len.is_multiple_of(64 * K));
+    let block = reader.be64(reader.header.refcount_table_offset);
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    file.set_len(len + 64 * K).unwrap();
+    let place_of_count = block + len / (64 * K) * 2;
+    file.write_all_at(&[0, 1], place_of_count).unwrap();
+    let (good, text) = place.try_program(OURS, &["check", "a.qcow2"]);
+    assert!(!good && text.contains("1 leaked clusters"), "{text}");
+    place.ours(&["check", "-r", "leaks", "a.qcow2"]);
+    qemu_check(&image, false);
+    let model = [vec![0; 64 << 10], vec![7; 64 << 10], vec![0; 896 << 10]].concat();
+    assert_content(&image, &model, "after the repair");
+}
+
+/// Zeroing whole clusters of a raw data file, while somebody writes to a part
+/// of a block of it: what was in the rest of the block does not come back.
+#[test]
+fn zeroing_a_raw_data_file_waits_for_writers_of_parts_of_a_block() {
+    let options = CreateOptions {
+        data_file: Some("data".into()),
+        data_file_raw: true,
+        ..CreateOptions::new(M)
+    };
+    let new = options.build().unwrap();
+    let mut image = sim::Image::new();
+    for (offset, bytes) in &new.chunks {
+        image.write(offset.0, bytes);
+    }
+    image.set_len(new.file_len.next_multiple_of(64 * K));
+    let mut data = sim::Image::new();
+    data.set_len(M);
+    let disk = SimDisk::with_image(image);
+    let how = How {
+        data: Some(disk.beside(data)),
+        alignment: 4096,
+        ..How::default()
+    };
+    lab::block_on(async {
+        let engine = Arc::new(lab::open(&disk, &how).await.unwrap());
+        lab::write(&engine, 0, 0, &[7; 128 << 10], false)
+            .await
+            .unwrap();
+        let hold = disk.hold(|request| request.kind == SimKind::Write);
+        let (writer, zeroer) = (Arc::clone(&engine), Arc::clone(&engine));
+        let write = spawn(async move { lab::write(&writer, 0, 64 * K, &[8; 512], false).await });
+        hold.wait_for(1).await;
+        let zero = spawn(async move { zeroer.write_zeroes(0, 64 * K, 64 * K, false).await });
+        for _ in 0..50 {
+            yield_now().await;
+        }
+        hold.release();
+        write.await.unwrap();
+        zero.await.unwrap();
+        let shown = lab::read(&engine, 0, 0, 128 * K).await.unwrap();
+        assert_same(&shown[..64 << 10], &[7; 64 << 10], "before it");
+        let rest = &shown[(64 << 10) + 512..];
+        assert_same(rest, &vec![0; rest.len()], "behind what was written");
+        engine.close().await.unwrap();
+    });
 }

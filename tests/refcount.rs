@@ -234,3 +234,29 @@ fn a_full_image_is_searched_once() {
         assert!(all <= slices + 64, "{all} reads of {slices} slices");
     });
 }
+
+/// Clusters at the end of the file that are freed before anybody has asked
+/// where it ends, and then taken by what wants adjacent ones, are not given out
+/// a second time.
+#[test]
+fn what_is_freed_at_the_end_is_taken_once() {
+    let disk = SimDisk::with_image(lab::created("cluster_size=512", 64 * K));
+    lab::block_on(async {
+        let engine = lab::open(&disk, &How::default()).await.unwrap();
+        write(&engine, 0, 64 * K, 1).await;
+        engine.close().await.unwrap();
+        drop(engine);
+        let engine = lab::open(&disk, &How::default()).await.unwrap();
+        engine.discard(0, 0, 64 * K).await.unwrap();
+        engine.flush().await.unwrap();
+        // The L1 table moves to the end.
+        engine.grow(8 * M).await.unwrap();
+        write(&engine, 0, 64 * K, 2).await;
+        write(&engine, 4 * M, 64 * K, 3).await;
+        assert_reads(&engine, 0, 64 * K, 2).await;
+        engine.close().await.unwrap();
+    });
+    let report = checked(&disk.image());
+    assert_eq!((report.corruptions, report.leaks), (0, 0));
+    qemu_agrees(&disk);
+}

@@ -65,7 +65,14 @@ impl Engine {
         let unmap = !matches!(wish, Wish::Zeros { unmap: false });
         if image.has_raw_data_file() {
             // The file is the disk, with or without us: the zeros have to be
-            // in it, and what maps it need not change.
+            // in it, and what maps it need not change. Those who write to a
+            // part of a block put back what was in the rest of it: not now.
+            let _range = loop {
+                let last = end.div_ceil(1 << bits);
+                if let Some(range) = self.ranges.take_or_wait(start >> bits, last).await {
+                    break range;
+                }
+            };
             let guest = GuestOffset(start);
             return self
                 .zero_data(guest, HostOffset(start), end - start, unmap)

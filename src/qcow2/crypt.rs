@@ -16,6 +16,7 @@ use super::{Image, ImageOptions};
 use crate::crypto::luks::{self, Change};
 use crate::crypto::{Effort, Limits, Secret, SectorCipher, VolumeKey, legacy, luks1, luks2};
 use crate::error::{Error, ErrorKind, Result};
+use crate::rule::Rule;
 use crate::storage::Storage;
 
 /// What stands between the file and guest data.
@@ -216,7 +217,9 @@ impl<'a> Region<'a> {
             for (at, bytes) in step {
                 self.storage.write(self.offset + at, bytes).await?;
             }
-            self.storage.sync().await?;
+            if !Rule::KeyBeforeSlot.is_broken() {
+                self.storage.sync().await?;
+            }
         }
         Ok(())
     }

@@ -69,6 +69,14 @@ impl Image {
             self.release_frees().await?;
             self.write_refcounts().await?;
         }
+        if Rule::UnmappingBeforePunch.is_broken() {
+            for freed in &unmapped {
+                let bits = self.geometry.cluster_bits;
+                self.storage
+                    .punch(freed.first << bits, freed.count << bits)
+                    .await?;
+            }
+        }
         let written = self.write_frozen(&l2, &l1).await;
         if let Err(error) = written {
             // Nothing is dropped: all of it is written again next time.

@@ -2,6 +2,7 @@
 //! Knows nothing of what is being counted.
 
 use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::meta::{Slice, SliceCache, read_words};
@@ -35,6 +36,66 @@ struct Place {
     slice: Arc<Slice>,
     word: usize,
     shift: u32,
+}
+
+/// How far refcount number `index` of those in one word is above its lowest
+/// bit: wider ones are big-endian numbers, narrower ones are packed from the
+/// least significant bit of their byte.
+fn shift(bits: u32, index: u32) -> u32 {
+    let bit = index * bits;
+    if bits >= 8 {
+        64 - bit - bits
+    } else {
+        56 - bit / 8 * 8 + bit % 8
+    }
+}
+
+/// The counts in one cached slice of a block, to be searched.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    slice: Arc<Slice>,
+    /// The first cluster that it counts.
+    first: u64,
+    bits: u32,
+}
+
+impl Counts {
+    fn per_word(&self) -> u64 {
+        u64::from(64 / self.bits)
+    }
+
+    fn is_used(&self, cluster: u64) -> bool {
+        let index = cluster - self.first;
+        let word = self.slice.word((index / self.per_word()) as usize);
+        let shift = shift(self.bits, (index % self.per_word()) as u32);
+        word >> shift & (u64::MAX >> (64 - self.bits)) != 0
+    }
+
+    /// The last cluster whose count is not 0.
+    pub(crate) fn last_used(&self) -> Option<u64> {
+        let word = (0..self.slice.words()).rfind(|&word| self.slice.word(word) != 0)?;
+        let first = self.first + word as u64 * self.per_word();
+        (first..first + self.per_word()).rfind(|&cluster| self.is_used(cluster))
+    }
+
+    /// The first of `clusters` whose count is not 0, or is; their end if there
+    /// is none.
+    pub(crate) fn first(&self, clusters: Range<u64>, used: bool) -> u64 {
+        let mut cluster = clusters.start;
+        while cluster < clusters.end {
+            let index = cluster - self.first;
+            let word = (index / self.per_word()) as usize;
+            // Most words of most blocks have nothing in them.
+            if used && self.slice.word(word) == 0 {
+                cluster = self.first + (word as u64 + 1) * self.per_word();
+            } else if self.is_used(cluster) == used {
+                return cluster;
+            } else {
+                cluster += 1;
+            }
+        }
+        clusters.end
+    }
 }
 
 impl Refcounts {
@@ -115,36 +176,56 @@ impl Refcounts {
         cache.slice_bytes() * 8 / u64::from(self.geometry.refcount_bits())
     }
 
+    /// The slice of a block that counts `cluster`, and the first cluster that
+    /// it counts.
+    async fn slice(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<Option<(Arc<Slice>, u64)>> {
+        let Some(block) = self.block_of(cluster)? else {
+            return Ok(None);
+        };
+        let per_slice = self.per_slice(cache);
+        let first = cluster - cluster % per_slice;
+        let offset = block + first % self.per_block() / per_slice * cache.slice_bytes();
+        let slice = match cache.get(offset) {
+            Some(slice) => slice,
+            None => cache.load(storage, offset).await?,
+        };
+        Ok(Some((slice, first)))
+    }
+
     async fn place(
         &self,
         cache: &SliceCache,
         storage: &Storage,
         cluster: u64,
     ) -> Result<Option<Place>> {
-        let Some(block) = self.block_of(cluster)? else {
-            return Ok(None);
-        };
-        let bits = u64::from(self.geometry.refcount_bits());
-        let bit = (cluster % self.per_block()) * bits;
-        let byte = bit / 8;
-        let slice_start = byte - byte % cache.slice_bytes();
-        let slice = match cache.get(block + slice_start) {
-            Some(slice) => slice,
-            None => cache.load(storage, block + slice_start).await?,
-        };
-        let byte = byte - slice_start;
-        let in_word = (byte % 8) as u32;
-        // Wider entries are big-endian numbers; narrower ones are packed from
-        // the least significant bit of their byte.
-        let shift = if bits >= 8 {
-            64 - 8 * in_word - bits as u32
-        } else {
-            56 - 8 * in_word + (bit % 8) as u32
-        };
-        Ok(Some(Place {
+        let bits = self.geometry.refcount_bits();
+        let per_word = u64::from(64 / bits);
+        let found = self.slice(cache, storage, cluster).await?;
+        Ok(found.map(|(slice, first)| Place {
             slice,
-            word: (byte / 8) as usize,
-            shift,
+            word: ((cluster - first) / per_word) as usize,
+            shift: shift(bits, (cluster % per_word) as u32),
+        }))
+    }
+
+    /// The counts around `cluster`: those of [`Self::per_slice`] clusters from
+    /// a multiple of it on. None where there is no block.
+    pub(crate) async fn counts(
+        &self,
+        cache: &SliceCache,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<Option<Counts>> {
+        let found = self.slice(cache, storage, cluster).await?;
+        Ok(found.map(|(slice, first)| Counts {
+            slice,
+            first,
+            bits: self.geometry.refcount_bits(),
         }))
     }
 
@@ -169,36 +250,6 @@ impl Refcounts {
     ) -> Result<u64> {
         let place = self.place(cache, storage, cluster).await?;
         Ok(place.map_or(0, |p| (p.slice.word(p.word) >> p.shift) & self.max()))
-    }
-
-    /// The last cluster in use of those that block number `index` counts. Most
-    /// of a block is zeros: they are passed in words.
-    pub(crate) async fn last_used(
-        &self,
-        cache: &SliceCache,
-        storage: &Storage,
-        index: u64,
-    ) -> Result<Option<u64>> {
-        let per_word = u64::from(u64::BITS / self.geometry.refcount_bits());
-        let per_slice = self.per_slice(cache);
-        let first = index * self.per_block();
-        for nth in (0..self.per_block() / per_slice).rev() {
-            let start = first + nth * per_slice;
-            let Some(Place { slice, .. }) = self.place(cache, storage, start).await? else {
-                return Ok(None);
-            };
-            let words = (per_slice / per_word) as usize;
-            let Some(word) = (0..words).rev().find(|&word| slice.word(word) != 0) else {
-                continue;
-            };
-            let counted = start + word as u64 * per_word;
-            for cluster in (counted..counted + per_word).rev() {
-                if self.get(cache, storage, cluster).await? != 0 {
-                    return Ok(Some(cluster));
-                }
-            }
-        }
-        Ok(None)
     }
 
     /// Adds `delta` to a cluster's refcount; the new one. The block exists.
@@ -305,14 +356,55 @@ mod tests {
                 assert_eq!(get(6).await.unwrap(), highest);
                 assert_eq!(get(7).await.unwrap(), 1);
                 assert_eq!(get(8).await.unwrap(), 0);
-                let last = refcounts.last_used(&cache, &storage, 0).await;
-                assert_eq!(last.unwrap(), Some(7));
-                let per_block = geometry.refcounts_per_block();
-                assert_eq!(adjust(per_block - 1, 1).await.unwrap(), 1);
-                let last = refcounts.last_used(&cache, &storage, 0).await;
-                assert_eq!(last.unwrap(), Some(per_block - 1));
-                let none = refcounts.last_used(&cache, &storage, 1).await;
-                assert_eq!(none.unwrap(), None, "no block");
+            });
+        }
+    }
+
+    /// Every width: searching finds what looking at each count does.
+    #[test]
+    fn searches_see_every_count() {
+        for order in 0..=6 {
+            let geometry = Geometry {
+                cluster_bits: 9,
+                refcount_order: order,
+                version: 3,
+                extended_l2: false,
+                external_data: false,
+            };
+            let per_block = geometry.refcounts_per_block();
+            let mut block = vec![0; 512];
+            let used = |cluster: u64| [1, 2, 3, 9, per_block - 3].contains(&cluster);
+            for cluster in (0..per_block).filter(|&cluster| used(cluster)) {
+                refcount::set(&mut block, order, cluster as usize, 1);
+            }
+            let mut image = Image::from_bytes(&[0; 1024]);
+            image.write(512, &block);
+            let storage = Storage::simulated(&SimDisk::with_image(image), 1);
+            let cache = SliceCache::new("refcount block", 512, 1 << 20);
+            let refcounts = Refcounts {
+                geometry,
+                // The second block's clusters, by the same numbers.
+                table: vec![0, 512],
+                entries: 64,
+                table_offset: HostOffset(0),
+                table_dirty: BTreeSet::new(),
+            };
+            Runtime::inline().unwrap().block_on(async {
+                let counts = |cluster| refcounts.counts(&cache, &storage, cluster);
+                assert!(counts(0).await.unwrap().is_none());
+                let all = per_block..2 * per_block;
+                let counts = counts(per_block + 5).await.unwrap().unwrap();
+                assert_eq!(counts.last_used(), Some(2 * per_block - 3));
+                for from in all.clone() {
+                    for wanted in [true, false] {
+                        let mut rest = from..all.end;
+                        let first = rest.find(|cluster| used(cluster - per_block) == wanted);
+                        let found = counts.first(from..all.end, wanted);
+                        assert_eq!(found, first.unwrap_or(all.end), "order {order}");
+                    }
+                    let count = refcounts.get(&cache, &storage, from).await.unwrap();
+                    assert_eq!(count == 1, used(from - per_block), "order {order}");
+                }
             });
         }
     }

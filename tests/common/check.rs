@@ -2,7 +2,7 @@
 //! compares with the refcounts. Shares only the decoding of entries with the
 //! engine it judges.
 
-use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use qcow2_ublk::codec;
 use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapTableEntry};
@@ -135,13 +135,12 @@ impl<'a> Checked<'a> {
     /// Counts every reference and judges every refcount.
     pub fn check(&self) -> Findings {
         let mut found = Findings::default();
-        let mut references: BTreeMap<u64, u64> = BTreeMap::new();
+        // The clusters that are referred to, each as often as it is.
+        let mut references: Vec<u64> = Vec::new();
         let bits = self.geometry.cluster_bits;
         let mut add = |offset: HostOffset, len: u64| {
             if len > 0 {
-                for cluster in offset.cluster(bits)..=(offset.0 + len - 1) >> bits {
-                    *references.entry(cluster).or_default() += 1;
-                }
+                references.extend(offset.cluster(bits)..=(offset.0 + len - 1) >> bits);
             }
         };
         let header = &self.header;
@@ -190,6 +189,9 @@ impl<'a> Checked<'a> {
                     }
                 }
                 for raw in self.l2(entry) {
+                    if raw == RawL2Entry::default() {
+                        continue;
+                    }
                     match L2Entry::decode(raw, &self.geometry) {
                         Ok(L2Entry::Compressed(range)) => add(range.offset, range.max_len),
                         Ok(entry) => {
@@ -207,19 +209,21 @@ impl<'a> Checked<'a> {
                 }
             }
         }
+        references.sort_unstable();
         self.compare(&references, &copied_flags, &mut found);
         found
     }
 
     fn compare(
         &self,
-        references: &BTreeMap<u64, u64>,
+        references: &[u64],
         copied_flags: &[(HostOffset, bool, &str)],
         found: &mut Findings,
     ) {
         let bits = self.geometry.cluster_bits;
         let per_block = self.geometry.refcounts_per_block();
-        let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+        // Clusters and their counts, in order, without those of 0.
+        let mut counts: Vec<(u64, u64)> = Vec::new();
         for (index, &raw) in self.reftable.iter().enumerate() {
             let Ok(ReftableEntry::Block(offset)) = ReftableEntry::decode(raw, &self.geometry)
             else {
@@ -236,27 +240,36 @@ impl<'a> Checked<'a> {
                 for i in nth * per_word..(nth + 1) * per_word {
                     let count = refcount::get(&block, order, i as usize);
                     if count > 0 {
-                        counts.insert(index as u64 * per_block + i, count);
+                        counts.push((index as u64 * per_block + i, count));
                     }
                 }
             }
         }
-        for (&cluster, &wanted) in references {
-            let count = counts.get(&cluster).copied().unwrap_or(0);
+        let of = |cluster: u64| {
+            let place = counts.binary_search_by_key(&cluster, |&(cluster, _)| cluster);
+            place.map_or(0, |place| counts[place].1)
+        };
+        for same in references.chunk_by(|a, b| a == b) {
+            let (cluster, wanted, count) = (same[0], same.len() as u64, of(same[0]));
             if count < wanted {
                 found.corruptions.push(format!(
                     "cluster {cluster:#x} has {wanted} references and refcount {count}"
                 ));
             }
         }
-        for (cluster, count) in &counts {
-            if *count > references.get(cluster).copied().unwrap_or(0) {
+        let mut rest = references;
+        for &(cluster, count) in &counts {
+            let before = rest.iter().take_while(|&&other| other < cluster);
+            rest = &rest[before.count()..];
+            let references = rest.iter().take_while(|&&other| other == cluster).count();
+            rest = &rest[references..];
+            if count > references as u64 {
                 found.leaks += 1;
                 found.leaks_in_file += u64::from(cluster << bits < self.image.len());
             }
         }
         for (offset, copied, table) in copied_flags {
-            let count = counts.get(&offset.cluster(bits)).copied().unwrap_or(0);
+            let count = of(offset.cluster(bits));
             if *copied != (count == 1) {
                 found.corruptions.push(format!(
                     "{table} entry for {offset}: COPIED is {copied} with refcount {count}"
@@ -265,65 +278,131 @@ impl<'a> Checked<'a> {
         }
     }
 
-    /// What the L1 table at `l1` shows of a disk of `size` bytes, over a layer
-    /// that shows `below`.
-    pub fn content(&self, l1: HostOffset, l1_size: u32, size: u64, below: &[u8]) -> Vec<u8> {
+    /// Tells `found` what the L1 table at `l1` shows of a disk of `size` bytes,
+    /// over a layer that shows `below`: piece by piece, each with its first
+    /// byte. Stops when that says so.
+    fn shown<'s>(
+        &'s self,
+        (l1, l1_size): (HostOffset, u32),
+        size: u64,
+        below: &'s [u8],
+        found: &mut dyn FnMut(u64, Piece<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         let cluster_size = self.geometry.cluster_size();
-        let mut disk = Vec::with_capacity(size as usize);
+        let mut at = 0;
         for raw in words(self.image, l1, l1_size.into()) {
             let entry = L1Entry::decode(raw, &self.geometry).unwrap();
             let mut l2 = self.l2(entry);
             l2.resize(self.geometry.l2_entries() as usize, RawL2Entry::default());
             for raw in l2 {
-                if disk.len() as u64 >= size {
-                    break;
+                let len = cluster_size.min(size - at);
+                if len == 0 {
+                    return ControlFlow::Continue(());
                 }
-                match L2Entry::decode(raw, &self.geometry).unwrap() {
-                    L2Entry::Unallocated => show_below(&mut disk, below, cluster_size),
-                    L2Entry::Mixed {
-                        host, subclusters, ..
-                    } => {
-                        let len = cluster_size / 32;
-                        for index in 0..32 {
-                            match (subclusters.get(index), host) {
-                                (Subcluster::Unallocated, _) => {
-                                    show_below(&mut disk, below, len);
-                                }
-                                (Subcluster::Data, Some(host)) => {
-                                    let at = host.0 + u64::from(index) * len;
-                                    disk.extend(self.data.bytes(at, len));
-                                }
-                                _ => disk.resize(disk.len() + len as usize, 0),
-                            }
-                        }
-                    }
-                    L2Entry::Zero | L2Entry::ZeroAllocated { .. } => {
-                        disk.resize(disk.len() + cluster_size as usize, 0);
-                    }
-                    L2Entry::Data { host, .. } => {
-                        disk.extend(self.data.bytes(host.0, cluster_size));
-                    }
-                    L2Entry::Compressed(range) => {
-                        let input = self.image.bytes(range.offset.0, range.max_len);
-                        let mut output = vec![0; cluster_size as usize];
-                        codec::decompress(self.header.compression_type, &input, &mut output)
-                            .unwrap();
-                        disk.append(&mut output);
-                    }
-                }
+                let entry = L2Entry::decode(raw, &self.geometry).unwrap();
+                self.shown_by(entry, at, len, below, found)?;
+                at += len;
             }
         }
-        disk.resize(size as usize, 0);
+        found(at, Piece::Zeros(size - at))
+    }
+
+    /// What an L2 entry shows in the `len` bytes from `at` on.
+    fn shown_by(
+        &self,
+        entry: L2Entry,
+        at: u64,
+        len: u64,
+        below: &[u8],
+        found: &mut dyn FnMut(u64, Piece<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let cluster_size = self.geometry.cluster_size();
+        match entry {
+            L2Entry::Unallocated => show_below(at, len, below, found),
+            L2Entry::Mixed {
+                host, subclusters, ..
+            } => {
+                let each = cluster_size / 32;
+                for index in 0..len.div_ceil(each) as u32 {
+                    let start = u64::from(index) * each;
+                    let (at, len) = (at + start, each.min(len - start));
+                    match (subclusters.get(index), host) {
+                        (Subcluster::Unallocated, _) => show_below(at, len, below, found)?,
+                        (Subcluster::Data, Some(host)) => {
+                            found(at, Piece::Image(self.data, host.0 + start, len))?;
+                        }
+                        _ => found(at, Piece::Zeros(len))?,
+                    }
+                }
+                ControlFlow::Continue(())
+            }
+            L2Entry::Zero | L2Entry::ZeroAllocated { .. } => found(at, Piece::Zeros(len)),
+            L2Entry::Data { host, .. } => found(at, Piece::Image(self.data, host.0, len)),
+            L2Entry::Compressed(range) => {
+                let input = self.image.bytes(range.offset.0, range.max_len);
+                let mut output = vec![0; cluster_size as usize];
+                codec::decompress(self.header.compression_type, &input, &mut output).unwrap();
+                found(at, Piece::Bytes(&output[..len as usize]))
+            }
+        }
+    }
+
+    /// What the L1 table at `l1` shows of a disk of `size` bytes, over a layer
+    /// that shows `below`.
+    pub fn content(&self, l1: HostOffset, l1_size: u32, size: u64, below: &[u8]) -> Vec<u8> {
+        let mut disk = vec![0; size as usize];
+        let all = self.shown((l1, l1_size), size, below, &mut |at, piece| {
+            piece.copy_to(&mut disk[at as usize..]);
+            ControlFlow::Continue(())
+        });
+        debug_assert!(all.is_continue());
         disk
+    }
+
+    /// Where the first piece begins in which a disk, as in [`Self::content`],
+    /// is not `wanted`.
+    fn differs(
+        &self,
+        l1: (HostOffset, u32),
+        size: u64,
+        below: &[u8],
+        wanted: &[u8],
+    ) -> Option<u64> {
+        if wanted.len() as u64 != size {
+            return Some(size.min(wanted.len() as u64));
+        }
+        let mut place = None;
+        let _ = self.shown(l1, size, below, &mut |at, piece| {
+            if piece.is(&wanted[at as usize..]) {
+                return ControlFlow::Continue(());
+            }
+            place = Some(at);
+            ControlFlow::Break(())
+        });
+        place
     }
 
     /// The content of snapshot number `index`.
     pub fn snapshot_content(&self, index: usize, below: &[u8]) -> Vec<u8> {
         let snapshot = &self.snapshots()[index];
-        let size = snapshot
-            .disk_size
-            .unwrap_or_else(|| self.header.virtual_size());
-        self.content(snapshot.l1_table_offset, snapshot.l1_size, size, below)
+        let (offset, entries) = (snapshot.l1_table_offset, snapshot.l1_size);
+        self.content(offset, entries, self.size_of(snapshot), below)
+    }
+
+    /// Where a snapshot begins to show something else than `wanted`.
+    pub fn snapshot_differs(
+        &self,
+        snapshot: &Snapshot,
+        below: &[u8],
+        wanted: &[u8],
+    ) -> Option<u64> {
+        let l1 = (snapshot.l1_table_offset, snapshot.l1_size);
+        self.differs(l1, self.size_of(snapshot), below, wanted)
+    }
+
+    fn size_of(&self, snapshot: &Snapshot) -> u64 {
+        let size = snapshot.disk_size;
+        size.unwrap_or_else(|| self.header.virtual_size())
     }
 
     /// The content of the active disk.
@@ -336,12 +415,58 @@ impl<'a> Checked<'a> {
             below,
         )
     }
+
+    /// Where the active disk begins to show something else than `wanted`.
+    pub fn active_differs(&self, below: &[u8], wanted: &[u8]) -> Option<u64> {
+        let header = &self.header;
+        let l1 = (header.l1_table_offset, header.l1_size);
+        self.differs(l1, header.virtual_size(), below, wanted)
+    }
 }
 
-/// Adds what is below a disk's next `len` bytes.
-fn show_below(disk: &mut Vec<u8>, below: &[u8], len: u64) {
-    let whole = disk.len() + len as usize;
-    let shown = below.len().min(disk.len())..below.len().min(whole);
-    disk.extend_from_slice(&below[shown]);
-    disk.resize(whole, 0);
+/// What a part of a disk is.
+enum Piece<'a> {
+    Zeros(u64),
+    Bytes(&'a [u8]),
+    /// So many bytes of an image from this one on.
+    Image(&'a Image, u64, u64),
+}
+
+impl Piece<'_> {
+    fn copy_to(&self, disk: &mut [u8]) {
+        match *self {
+            Self::Zeros(len) => disk[..len as usize].fill(0),
+            Self::Bytes(bytes) => disk[..bytes.len()].copy_from_slice(bytes),
+            Self::Image(image, at, len) => image.read(at, &mut disk[..len as usize]),
+        }
+    }
+
+    /// Whether it is what these begin with.
+    fn is(&self, disk: &[u8]) -> bool {
+        match *self {
+            Self::Zeros(len) => {
+                let mut sectors = disk[..len as usize].chunks(512);
+                sectors.all(|sector| *sector == [0; 512][..sector.len()])
+            }
+            Self::Bytes(bytes) => disk[..bytes.len()] == *bytes,
+            Self::Image(image, at, len) => {
+                let mut pieces = image.pieces(at, len);
+                pieces.all(|(at, piece)| disk[at..at + piece.len()] == *piece)
+            }
+        }
+    }
+}
+
+/// Tells what is below in the `len` bytes from `at` on: zeros behind its end.
+fn show_below(
+    at: u64,
+    len: u64,
+    below: &[u8],
+    found: &mut dyn FnMut(u64, Piece<'_>) -> ControlFlow<()>,
+) -> ControlFlow<()> {
+    let there = (below.len() as u64).clamp(at, at + len) - at;
+    if there > 0 {
+        found(at, Piece::Bytes(&below[at as usize..(at + there) as usize]))?;
+    }
+    found(at + there, Piece::Zeros(len - there))
 }

@@ -103,13 +103,19 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
     Runtime::inline().unwrap().block_on(future)
 }
 
-/// Reads `len` bytes at `offset`, into memory that held something else.
+/// Reads `len` bytes at `offset`.
 pub async fn read(engine: &Engine, queue: u16, offset: u64, len: u64) -> Result<Vec<u8>> {
-    let mut bytes = vec![0xee; len as usize];
-    // SAFETY: `bytes` lives, untouched, until the read is complete.
-    let payload = unsafe { Payload::memory(bytes.as_mut_ptr(), len) };
-    engine.read(queue, offset, payload).await?;
+    let mut bytes = vec![0; len as usize];
+    read_into(engine, queue, offset, &mut bytes).await?;
     Ok(bytes)
+}
+
+/// Fills `bytes`, which hold something else at first, from `offset` on.
+pub async fn read_into(engine: &Engine, queue: u16, offset: u64, bytes: &mut [u8]) -> Result<()> {
+    bytes.fill(0xee);
+    // SAFETY: `bytes` is borrowed, untouched, until the read is complete.
+    let payload = unsafe { Payload::memory(bytes.as_mut_ptr(), bytes.len() as u64) };
+    engine.read(queue, offset, payload).await
 }
 
 /// Writes `bytes` at `offset`.

@@ -16,21 +16,25 @@ impl Image {
             return Ok(end);
         }
         let per_block = alloc.refcounts.per_block();
+        let per_slice = alloc.refcounts.per_slice(&self.refblocks);
         let mut end = 0;
-        for index in (0..alloc.refcounts.table.len() as u64).rev() {
+        'blocks: for index in (0..alloc.refcounts.table.len() as u64).rev() {
             let block = alloc.refcounts.entry(index);
             let extent = self.storage.extent_at(block);
             let hole = !extent.data && extent.end - block >= self.geometry.cluster_size();
             if block == 0 || hole {
                 continue;
             }
-            let last = alloc
-                .refcounts
-                .last_used(&self.refblocks, &self.storage, index)
-                .await?;
-            if let Some(last) = last {
-                end = last + 1;
-                break;
+            for slice in (0..per_block / per_slice).rev() {
+                let first = index * per_block + slice * per_slice;
+                let counts = alloc
+                    .refcounts
+                    .counts(&self.refblocks, &self.storage, first)
+                    .await?;
+                if let Some(last) = counts.and_then(|counts| counts.last_used()) {
+                    end = last + 1;
+                    break 'blocks;
+                }
             }
         }
         if end > self.most_clusters() {
@@ -43,6 +47,9 @@ impl Image {
             .cure("close the image and run `qcow2-ublk check -r all`"));
         }
         alloc.end = Some(end);
+        // What was freed there before anybody asked is behind the end now, and
+        // taken from there.
+        drop(alloc.free.split_off(&end));
         alloc.scan_end = end;
         alloc.fresh = self.storage.len().div_ceil(self.geometry.cluster_size());
         if self.storage.is_block_device() {

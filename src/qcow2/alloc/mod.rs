@@ -288,22 +288,18 @@ impl Image {
             let stop = end.min((alloc.scanned / per_slice + 1) * per_slice);
             // Without a block, nothing is used but nothing can be counted
             // either: left to `extend`'s kind of work, skipped here.
-            if alloc.refcounts.block_of(alloc.scanned)?.is_some() {
-                let mut first = alloc.scanned;
-                for cluster in alloc.scanned..stop {
-                    let count = alloc
-                        .refcounts
-                        .get(&self.refblocks, &self.storage, cluster)
-                        .await?;
-                    if count != 0 {
-                        if cluster > first {
-                            alloc.add_free(first, cluster - first, false);
-                        }
-                        first = cluster + 1;
+            let counts = alloc
+                .refcounts
+                .counts(&self.refblocks, &self.storage, alloc.scanned)
+                .await?;
+            if let Some(counts) = counts {
+                let mut at = alloc.scanned;
+                while at < stop {
+                    let first = counts.first(at..stop, false);
+                    at = counts.first(first..stop, true);
+                    if at > first {
+                        alloc.add_free(first, at - first, false);
                     }
-                }
-                if stop > first {
-                    alloc.add_free(first, stop - first, false);
                 }
             }
             alloc.scanned = stop;

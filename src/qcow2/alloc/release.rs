@@ -147,8 +147,12 @@ impl Image {
                     .adjust(&self.refblocks, &self.storage, cluster, -1)
                     .await?;
             }
-            // Compressed clusters may be in the last one of the packer.
+            // Compressed clusters may be in the last one of the packer; those
+            // that were there are in the cache.
             if left == 0 && run.count > 0 {
+                let bits = self.geometry.cluster_bits;
+                let offset = HostOffset::of_cluster(run.first, bits);
+                self.inflated.forget(offset, run.count << bits);
                 alloc.add_free(run.first, run.count, run.zeroed);
             }
         }

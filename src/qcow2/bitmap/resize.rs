@@ -5,6 +5,7 @@ use super::State;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Image;
 use crate::qcow2::spec::bitmap::Bitmap;
+use crate::rule::Rule;
 
 impl Image {
     /// Prepares the bitmaps for a disk of `size` bytes, before the header says
@@ -44,7 +45,9 @@ impl Image {
         if any {
             state.resizing = true;
             self.write_marks(&state).await?;
-            self.storage.sync().await?;
+            if !Rule::MarkBeforeSize.is_broken() {
+                self.storage.sync().await?;
+            }
         }
         Ok(())
     }

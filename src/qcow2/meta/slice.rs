@@ -69,6 +69,11 @@ impl Slice {
         self.words[index].load(Ordering::Acquire)
     }
 
+    /// Number of words.
+    pub(crate) fn words(&self) -> usize {
+        self.words.len()
+    }
+
     /// Number of L2 entries.
     #[inline]
     pub(crate) fn entries(&self) -> usize {

@@ -72,7 +72,7 @@ impl Image {
             }
             return Err(error);
         }
-        self.storage().sync().await?;
+        Ready::settle(self.storage()).await?;
         self.take_over(&ready, &l1).await;
         if self.punch_frees {
             ready.punch_freed(self.storage()).await;

@@ -90,11 +90,12 @@ pub fn crash_image(history: &History, point: usize, fates: &[(usize, Fate)]) -> 
         images.step(record);
         images.point += 1;
     }
-    let pending = images.pending.clone();
-    images.crash_with(&pending, |_, _, record| {
-        let told = fates.iter().find(|&&(number, _)| number == record);
-        told.map_or(Fate::Survives, |&(_, fate)| fate)
-    })
+    let fate = |pending: &Pending| {
+        let told = fates.iter().find(|(number, _)| *number == pending.record);
+        told.filter(|(_, fate)| *fate != Fate::Survives).copied()
+    };
+    let fates = images.pending.iter().filter_map(fate).collect();
+    images.crash(fates)
 }
 
 /// The iterator of [`crash_images`].
@@ -151,24 +152,37 @@ impl Iterator for CrashImages<'_> {
     type Item = Crash;
 
     fn next(&mut self) -> Option<Crash> {
-        // With nothing pending there is but one state.
-        let variants = match self.pending.len() {
-            0 => 1,
-            _ => 3 + self.random,
-        };
-        if self.variant == variants {
-            let record = self.history.records.get(self.point)?;
-            self.step(record);
-            self.point += 1;
-            self.variant = 0;
-        }
-        let variant = self.variant;
-        self.variant += 1;
-        Some(self.crash(variant))
+        self.choose(|_, _| true)
     }
 }
 
 impl CrashImages<'_> {
+    /// The next of the states that `wanted` picks, by its point and its fates:
+    /// for the others nothing is copied.
+    pub fn choose(
+        &mut self,
+        mut wanted: impl FnMut(usize, &[(usize, Fate)]) -> bool,
+    ) -> Option<Crash> {
+        loop {
+            // With nothing pending there is but one state.
+            let variants = match self.pending.len() {
+                0 => 1,
+                _ => 3 + self.random,
+            };
+            if self.variant == variants {
+                let record = self.history.records.get(self.point)?;
+                self.step(record);
+                self.point += 1;
+                self.variant = 0;
+            }
+            let fates = self.fates(self.variant);
+            self.variant += 1;
+            if wanted(self.point, &fates) {
+                return Some(self.crash(fates));
+            }
+        }
+    }
+
     /// Goes on to the states after `point` records, past those before it.
     #[must_use]
     pub fn from_point(mut self, point: usize) -> Self {
@@ -211,41 +225,42 @@ impl CrashImages<'_> {
         }
     }
 
-    fn crash(&mut self, variant: usize) -> Crash {
+    /// What becomes of the pending records; those not named survive.
+    fn fates(&mut self, variant: usize) -> Vec<(usize, Fate)> {
         let survivors = 1 + self.rng.below(7);
-        let pending = std::mem::take(&mut self.pending);
-        let last = pending.len().wrapping_sub(1);
-        let crash = self.crash_with(&pending, |rng, i, _| match variant {
-            0 => Fate::Survives,
-            1 => Fate::Lost,
-            2 if i == last => Fate::Survives,
-            2 => Fate::Lost,
-            _ => Fate::random(rng, survivors),
-        });
-        self.pending = pending;
-        crash
+        let last = self.pending.len().wrapping_sub(1);
+        let mut fates = Vec::new();
+        for (i, pending) in self.pending.iter().enumerate() {
+            let fate = match variant {
+                0 => break,
+                1 => Fate::Lost,
+                2 if i == last => Fate::Survives,
+                2 => Fate::Lost,
+                _ => Fate::random(&mut self.rng, survivors),
+            };
+            if fate != Fate::Survives {
+                fates.push((pending.record, fate));
+            }
+        }
+        fates
     }
 
-    /// `fate` gets the place among those pending and the record's number.
-    fn crash_with(
-        &mut self,
-        pending: &[Pending],
-        mut fate: impl FnMut(&mut Rng, usize, usize) -> Fate,
-    ) -> Crash {
-        let mut crash = Crash {
-            point: self.point,
-            fates: Vec::new(),
-            images: self.durable.clone(),
-        };
-        for (i, pending) in pending.iter().enumerate() {
-            let fate = fate(&mut self.rng, i, pending.record);
-            if fate != Fate::Survives {
-                crash.fates.push((pending.record, fate));
-            }
-            let record = &self.history.records[pending.record];
-            apply(&mut crash.images, record, fate);
+    /// `fates` are in the order of the records, and all of them pending.
+    fn crash(&self, fates: Vec<(usize, Fate)>) -> Crash {
+        let mut images = self.durable.clone();
+        let mut told = fates.iter().peekable();
+        for pending in &self.pending {
+            let fate = match told.next_if(|&&(record, _)| record == pending.record) {
+                Some(&(_, fate)) => fate,
+                None => Fate::Survives,
+            };
+            apply(&mut images, &self.history.records[pending.record], fate);
         }
-        crash
+        Crash {
+            point: self.point,
+            fates,
+            images,
+        }
     }
 }
 
@@ -278,6 +293,9 @@ fn apply(images: &mut [Image], record: &Record, fate: Fate) {
         Fate::Torn(seed) => Survivors::some(&mut Rng::new(seed), range.start, range.end),
     };
     match &record.change {
+        Change::Write { offset, bytes } if matches!(keep, Survivors::All) => {
+            image.write(*offset, bytes);
+        }
         Change::Write { offset, bytes } => {
             let mut at = *offset;
             while at < range.end {

@@ -190,9 +190,10 @@ impl Machine {
         match action {
             Action::Read(payload) => {
                 let len = len.min(disk.image.len().saturating_sub(offset));
-                payload
-                    .slice(0, len)
-                    .copy_from(&disk.image.bytes(offset, len))?;
+                for (at, piece) in disk.image.pieces(offset, len) {
+                    let part = payload.slice(at as u64, piece.len() as u64);
+                    part.copy_from(piece)?;
+                }
                 Ok(len as u32)
             }
             Action::Write(payload) => {
@@ -200,10 +201,10 @@ impl Machine {
                 if room == 0 && len > 0 {
                     return fails(libc::ENOSPC);
                 }
-                let mut bytes = vec![0; room as usize];
-                payload.slice(0, room).copy_to(&mut bytes)?;
+                let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, room as usize).collect();
+                let place = Arc::get_mut(&mut bytes).expect("nobody else has it yet");
+                payload.slice(0, room).copy_to(place)?;
                 disk.image.write(offset, &bytes);
-                let bytes = bytes.into();
                 self.record(request, Change::Write { offset, bytes });
                 match fault {
                     Some(Fault::Partial { errno, .. }) => fails(errno),
