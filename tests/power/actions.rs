@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use qcow2_ublk::Result;
 use qcow2_ublk::chain::{Apart, Chain};
-use qcow2_ublk::engine::Commit;
+use qcow2_ublk::crypto::{Effort, Limits, Secret};
+use qcow2_ublk::engine::{Commit, Engine};
 use qcow2_ublk::qcow2::amend::Amendment;
-use qcow2_ublk::qcow2::{BitmapAction, NewSnapshot, Selector, SnapshotJob};
+use qcow2_ublk::qcow2::check::{self, Repair};
+use qcow2_ublk::qcow2::{BitmapAction, KeySlots, NewSnapshot, Selector, SnapshotJob};
 use qcow2_ublk::storage::Storage;
 
+use super::bitmaps::{self, refuses_lost};
 use super::common::check::Checked;
 use super::features;
-use super::judge::below_bytes;
-use super::machine::{self, is_refusal};
-use super::model::{Taken, Value};
+use super::judge::{below_bytes, fits};
+use super::machine::{self, PASSPHRASE, is_refusal, passphrase};
+use super::model::{Taken, Value, World};
 use super::op::Action;
 use super::run::{Session, text};
 use super::{Verdict, ensure};
@@ -36,6 +39,9 @@ impl Session<'_> {
             self.open().await?;
         }
         let content = Rc::new(self.compare().await?);
+        if action == Action::Die {
+            return self.die().await;
+        }
         let size = self.engine().size() / 512;
         let offline = matches!(
             action,
@@ -47,6 +53,9 @@ impl Session<'_> {
                 | Action::Version(_)
                 | Action::Lazy(_)
                 | Action::Commit
+                | Action::Repair
+                | Action::Key(_)
+                | Action::Unkey(_)
         );
         if offline {
             self.close().await?;
@@ -55,18 +64,20 @@ impl Session<'_> {
         let done = if offline {
             self.offline(action).await
         } else {
-            self.online(action).await
+            online(self.engine(), action).await
         };
         match done {
             Ok(true) => {}
             Ok(false) => return Ok(()),
-            Err(error) if is_refusal(&error) => {
-                // Nothing has changed then, which whatever follows shows.
-                return Ok(());
-            }
+            // Nothing has changed then, which whatever follows shows.
+            Err(error) if is_refusal(&error) => return Ok(()),
+            Err(error) if refuses_lost(&self.bitmaps.borrow(), action, &error) => return Ok(()),
             Err(error) => return Err(text(error)),
         }
         self.follow(action, started, &content)?;
+        if let Action::Resize(to) = action {
+            self.touch_from(to.min(size), to);
+        }
         if offline {
             self.open().await?;
         }
@@ -77,31 +88,33 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// False when there was nothing to do.
-    async fn online(&self, action: Action) -> Result<bool> {
-        let engine = self.engine();
-        let image = engine.chain().top();
-        let bitmap = |name: char, action: BitmapAction<'static>| async move {
-            let name = name.to_string();
-            image.change_bitmap(name.as_bytes(), &action).await
-        };
-        match action {
-            Action::Snapshot(name) => image.create_snapshot(new(name)).await?,
-            Action::Unsnapshot(name) => image.delete_snapshot(named(name)).await?,
-            Action::Apply(name) => image.apply_snapshot(named(name)).await?,
-            Action::Resize(to) if to * 512 > engine.size() => engine.grow(to * 512).await?,
-            Action::Resize(to) if to * 512 < engine.size() => engine.shrink(to * 512).await?,
-            Action::Bitmap(name, bits) => {
-                let granularity = Some(1 << bits);
-                bitmap(name, BitmapAction::Add { granularity }).await?;
-            }
-            Action::Unbitmap(name) => bitmap(name, BitmapAction::Remove).await?,
-            Action::Enable(name) => bitmap(name, BitmapAction::Enable).await?,
-            Action::Disable(name) => bitmap(name, BitmapAction::Disable).await?,
-            Action::Clear(name) => bitmap(name, BitmapAction::Clear).await?,
-            _ => return Ok(false),
+    /// The process dies: what is in memory is gone, and what is in the file,
+    /// durable or not, another one opens.
+    async fn die(&mut self) -> Verdict {
+        self.engine = None;
+        let at_death = self.recorded();
+        {
+            let image = self.disks.image.image();
+            let checked = Checked::open(&image)?;
+            bitmaps::follow_death(&mut self.bitmaps.borrow_mut(), &checked);
         }
-        Ok(true)
+        self.open().await?;
+        let content = machine::read_all(self.engine()).await.map_err(text)?;
+        let mut log = self.log.borrow_mut();
+        let world = log.world().clone();
+        let allowed = log.allowed(&world, at_death);
+        fits(&log, &content, &allowed).map_err(|e| format!("after the process died: {e}"))?;
+        log.died(at_death, Rc::new(content));
+        let world = World {
+            started: at_death,
+            complete: at_death,
+            bitmaps: Rc::new(self.bitmaps.borrow().clone()),
+            ..world
+        };
+        log.worlds.push(world);
+        let feature = features::of_action(Action::Die, false);
+        self.features.borrow_mut().insert(feature.to_owned());
+        Ok(())
     }
 
     /// With the image closed; it stays so.
@@ -146,6 +159,11 @@ impl Session<'_> {
                 drop(storage);
                 return self.commit().await;
             }
+            Action::Repair => {
+                check::repair(&storage, Repair::Leaks, &mut |_| {}).await?;
+            }
+            Action::Key(name) => return self.add_key(&storage, name).await,
+            Action::Unkey(name) => return self.remove_key(&storage, name).await,
             _ => {}
         }
         Ok(true)
@@ -166,6 +184,27 @@ impl Session<'_> {
         let commit = Commit::new(apart)?;
         commit.copy(&mut |_, _| {}).await?;
         commit.empty().await?;
+        Ok(true)
+    }
+
+    async fn add_key(&self, storage: &Storage, name: char) -> Result<bool> {
+        if self.case.shape.luks == 0 || self.log.borrow().world().keys.contains(&name) {
+            return Ok(false);
+        }
+        let (first, new) = (Secret::new(PASSPHRASE.to_vec()), passphrase(name));
+        let (effort, limits) = (Effort(Duration::ZERO), Limits::default());
+        let mut slots = KeySlots::open(storage).await?;
+        slots.add(&first, &new, None, effort, &limits).await?;
+        Ok(true)
+    }
+
+    async fn remove_key(&self, storage: &Storage, name: char) -> Result<bool> {
+        if !self.log.borrow().world().keys.contains(&name) {
+            return Ok(false);
+        }
+        let mut slots = KeySlots::open(storage).await?;
+        let slot = slots.slot_of(&passphrase(name), &Limits::default()).await?;
+        slots.remove(slot, false).await?;
         Ok(true)
     }
 
@@ -215,12 +254,40 @@ impl Session<'_> {
                 sectors.resize(to as usize, (Value::Zeros, first));
                 world.sectors = Rc::new(sectors);
             }
+            Action::Key(name) => drop(Rc::make_mut(&mut world.keys).insert(name)),
+            Action::Unkey(name) => drop(Rc::make_mut(&mut world.keys).remove(&name)),
             _ => {}
         }
         world.snapshots = Rc::new(snapshots);
-        self.follow_bitmaps(action, content);
+        bitmaps::follow(&mut self.bitmaps.borrow_mut(), action, content);
         world.bitmaps = Rc::new(self.bitmaps.borrow().clone());
         log.worlds.push(world);
         Ok(())
     }
+}
+
+/// Does it while the image is open. False when there was nothing to do.
+pub(crate) async fn online(engine: &Engine, action: Action) -> Result<bool> {
+    let image = engine.chain().top();
+    let bitmap = |name: char, action: BitmapAction<'static>| async move {
+        let name = name.to_string();
+        image.change_bitmap(name.as_bytes(), &action).await
+    };
+    match action {
+        Action::Snapshot(name) => image.create_snapshot(new(name)).await?,
+        Action::Unsnapshot(name) => image.delete_snapshot(named(name)).await?,
+        Action::Apply(name) => image.apply_snapshot(named(name)).await?,
+        Action::Resize(to) if to * 512 > engine.size() => engine.grow(to * 512).await?,
+        Action::Resize(to) if to * 512 < engine.size() => engine.shrink(to * 512).await?,
+        Action::Bitmap(name, bits) => {
+            let granularity = Some(1 << bits);
+            bitmap(name, BitmapAction::Add { granularity }).await?;
+        }
+        Action::Unbitmap(name) => bitmap(name, BitmapAction::Remove).await?,
+        Action::Enable(name) => bitmap(name, BitmapAction::Enable).await?,
+        Action::Disable(name) => bitmap(name, BitmapAction::Disable).await?,
+        Action::Clear(name) => bitmap(name, BitmapAction::Clear).await?,
+        _ => return Ok(false),
+    }
+    Ok(true)
 }

@@ -1,10 +1,13 @@
 //! The search: cases from seeds, power cuts at every point of each.
 
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
-use qcow2_ublk::storage::sim::{Crash, Rng, crash_image, crash_images};
+use nix::sys::resource::{UsageWho, getrusage};
+use qcow2_ublk::storage::sim::{Change, Crash, Record, Rng, crash_image, crash_images};
 
 use super::case::{Case, Cut};
 use super::common::lab::watched;
@@ -28,9 +31,14 @@ pub(crate) struct Effort {
 /// What a search of one case saw.
 #[derive(Default)]
 pub(crate) struct Seen {
+    /// States that were judged.
     pub(crate) states: u64,
+    /// Those that were asked for and had been judged before.
+    pub(crate) same: u64,
     pub(crate) qemu: u64,
     pub(crate) features: BTreeSet<String>,
+    /// Features that a case had together.
+    pub(crate) pairs: BTreeSet<(String, String)>,
 }
 
 /// A case with what is wrong.
@@ -47,6 +55,7 @@ pub(crate) fn search(case: &Case, effort: Effort) -> Result<Seen, Failure> {
     let mut judge = Judge::new(case, &ran);
     let mut seen = Seen {
         features: ran.features.clone(),
+        pairs: pairs(&ran.features),
         ..Seen::default()
     };
     if let Some(cut) = &case.cut {
@@ -59,20 +68,26 @@ pub(crate) fn search(case: &Case, effort: Effort) -> Result<Seen, Failure> {
     let survives = workload::survives_power_cuts(&case.shape);
     let random = if survives { effort.random } else { 0 };
     let total = history.records.len() as u64 * (3 + random as u64);
-    // Large disks take long to read.
-    let states = (effort.states / (1 + case.shape.sectors / 1500)).max(1);
+    // Large disks take long to read, and encrypted ones to open.
+    let slow = if case.shape.luks == 0 { 1 } else { 10 };
+    let states = (effort.states / (slow + case.shape.sectors / 1500)).max(1);
     let mut rng = Rng::new(effort.seed);
-    for crash in crash_images(&history, effort.seed, random) {
-        // Without barriers only the process may die.
-        if !survives && !crash.fates.is_empty() {
-            continue;
-        }
-        // Where something has just become durable, always: nothing that comes
-        // later may be needed.
-        let flushed = ran.log.flushes.iter().any(|f| f.complete == crash.point);
-        let ask = rng.chance(states.min(total.max(1)), total.max(1));
-        let ask = ask || flushed && rng.chance(1, 4);
-        if !ask {
+    let mut all = crash_images(&history, effort.seed, random);
+    loop {
+        let next = all.choose(|point, fates| {
+            // Where something has just become durable: nothing that comes
+            // later may be needed.
+            let flushed = ran.log.flushes.iter().any(|f| f.complete == point);
+            let decisive = point > 0 && changes_header(&history.records[point - 1]);
+            // Without barriers only the process may die.
+            (survives || fates.is_empty())
+                && (decisive
+                    || rng.chance(states.min(total.max(1)), total.max(1))
+                    || flushed && rng.chance(1, 4))
+        });
+        let Some(crash) = next else { break };
+        if !judge.is_new(&crash) {
+            seen.same += 1;
             continue;
         }
         let with_qemu = rng.chance(1, effort.qemu) && case.shape.luks != 2;
@@ -81,6 +96,20 @@ pub(crate) fn search(case: &Case, effort: Effort) -> Result<Seen, Failure> {
         seen.qemu += u64::from(with_qemu);
     }
     Ok(seen)
+}
+
+fn pairs(features: &BTreeSet<String>) -> BTreeSet<(String, String)> {
+    let behind = |first: &String| {
+        let first = first.clone();
+        let others = features.range(first.clone()..).skip(1);
+        others.map(move |other| (first.clone(), other.clone()))
+    };
+    features.iter().flat_map(behind).collect()
+}
+
+/// True for a change to the sector in which an image says what counts.
+fn changes_header(record: &Record) -> bool {
+    record.disk == 0 && matches!(record.change, Change::Write { offset: 0..512, .. })
 }
 
 fn judge_one(
@@ -129,51 +158,108 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
-/// Searches cases from `seed` on until `states` were judged; the features that
-/// none of them had.
-fn explore(states: u64, seed: u64, effort: Effort) -> Vec<&'static str> {
-    let began = Instant::now();
-    let mut seen = Seen::default();
-    let mut cases = 0;
-    while seen.states < states {
-        let number = seed + cases;
-        let case = Case::random(number);
-        let effort = Effort {
-            seed: number,
-            ..effort
-        };
-        match search(&case, effort) {
-            Ok(more) => {
-                seen.states += more.states;
-                seen.qemu += more.qemu;
-                seen.features.extend(more.features);
+/// How much is searched.
+#[derive(Clone, Copy)]
+enum Bound {
+    Cases(u64),
+    /// Until so many states were judged.
+    States(u64),
+}
+
+/// Searches cases from `seed` on, on all processors; the features that none of
+/// them had.
+fn explore(bound: Bound, seed: u64, effort: Effort) -> Vec<&'static str> {
+    let total = Mutex::new(Seen::default());
+    let total = || total.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = AtomicU64::new(seed);
+    let failed = AtomicBool::new(false);
+    let work = || {
+        while !failed.load(Ordering::Relaxed) {
+            if matches!(bound, Bound::States(states) if total().states >= states) {
+                break;
             }
-            Err(failure) => shrink::report(number, &case, failure, effort),
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if matches!(bound, Bound::Cases(cases) if number >= seed + cases) {
+                break;
+            }
+            let case = Case::random(number);
+            let effort = Effort {
+                seed: number,
+                ..effort
+            };
+            match search(&case, effort) {
+                Ok(seen) => total().add(seen),
+                // The first failure is enough.
+                Err(failure) if !failed.swap(true, Ordering::Relaxed) => {
+                    shrink::report(number, &case, failure, effort)
+                }
+                Err(_) => {}
+            }
+            let cases = number + 1 - seed;
+            if cases.is_multiple_of(1000) {
+                eprintln!("{} states of {cases} cases so far", total().states);
+            }
         }
-        cases += 1;
-        if cases % 1000 == 0 {
-            eprintln!("{} states of {cases} cases so far", seen.states);
+    };
+    thread::scope(|scope| {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        for thread in threads {
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         }
+    });
+    let cases = match bound {
+        Bound::Cases(cases) => cases,
+        Bound::States(_) => next.load(Ordering::Relaxed) - seed,
+    };
+    let seen = std::mem::take(&mut *total());
+    seen.report(seed, cases)
+}
+
+impl Seen {
+    fn add(&mut self, more: Self) {
+        self.states += more.states;
+        self.same += more.same;
+        self.qemu += more.qemu;
+        self.features.extend(more.features);
+        self.pairs.extend(more.pairs);
     }
-    let known: BTreeSet<&str> = features::ALL.iter().copied().collect();
-    let found: BTreeSet<&str> = seen.features.iter().map(String::as_str).collect();
-    println!(
-        "{} states of {cases} cases (seeds {seed} to {}), {:.0} states per second, {} of {} \
-         features, {} states judged by QEMU too",
-        seen.states,
-        seed + cases - 1,
-        seen.states as f64 / began.elapsed().as_secs_f64(),
-        found.intersection(&known).count(),
-        known.len(),
-        seen.qemu,
-    );
-    let strange: Vec<_> = found.difference(&known).collect();
-    assert!(
-        strange.is_empty(),
-        "features without a place in the list: {strange:?}"
-    );
-    let all = features::ALL.iter().copied();
-    all.filter(|name| !seen.features.contains(*name)).collect()
+
+    /// Says what there was in `cases` cases; the features that are missing.
+    fn report(&self, seed: u64, cases: u64) -> Vec<&'static str> {
+        let known: BTreeSet<&str> = features::ALL.iter().copied().collect();
+        let found: BTreeSet<&str> = self.features.iter().map(String::as_str).collect();
+        let seconds = cpu_seconds();
+        println!(
+            "{} different states of {cases} cases (seeds {seed} to {}), and {} that were the \
+             same as one of them, {:.0} different ones per second of {seconds:.0} of processor \
+             time, {} of {} features and {} pairs of them, {} states judged by QEMU too",
+            self.states,
+            seed + cases - 1,
+            self.same,
+            self.states as f64 / seconds,
+            found.intersection(&known).count(),
+            known.len(),
+            self.pairs.len(),
+            self.qemu,
+        );
+        let strange: Vec<_> = found.difference(&known).collect();
+        assert!(
+            strange.is_empty(),
+            "features without a place in the list: {strange:?}"
+        );
+        let all = features::ALL.iter().copied();
+        all.filter(|name| !self.features.contains(*name)).collect()
+    }
+}
+
+/// Processor time that this process has used.
+fn cpu_seconds() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("the kernel tells");
+    [usage.user_time(), usage.system_time()]
+        .iter()
+        .map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6)
+        .sum()
 }
 
 /// A bounded search; a long one, or one case again, if the environment says
@@ -188,12 +274,12 @@ fn power_cuts_are_survived() {
             qemu: 200,
             seed: 1,
         };
+        if let Ok(ran) = run(&case) {
+            eprintln!("{}", describe(&ran));
+        }
         match search(&case, effort) {
             Ok(seen) => println!("{} states are sound", seen.states),
             Err(failure) => {
-                if let Ok(ran) = run(&case) {
-                    eprintln!("{}", describe(&ran));
-                }
                 let cut = failure
                     .cut
                     .map_or_else(String::new, |cut| format!(" | {cut}"));
@@ -207,21 +293,21 @@ fn power_cuts_are_survived() {
         0 => watched(900, || {
             let effort = Effort {
                 random: 4,
-                states: 9,
-                qemu: 300,
+                states: 12,
+                qemu: 400,
                 seed,
             };
-            let missed = explore(2500, seed, effort);
+            let missed = explore(Bound::Cases(400), seed, effort);
             assert!(missed.is_empty(), "not covered: {missed:?}");
         }),
         states => {
             let effort = Effort {
-                random: 6,
-                states: 400,
+                random: 12,
+                states: 900,
                 qemu: 2000,
                 seed,
             };
-            let missed = explore(states, seed, effort);
+            let missed = explore(Bound::States(states), seed, effort);
             println!("not covered: {missed:?}");
         }
     }

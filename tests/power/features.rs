@@ -72,6 +72,16 @@ pub(crate) const ALL: &[&str] = &[
     "another version",
     "lazy refcounts on or off",
     "commit",
+    "die",
+    "repair of leaks",
+    "add a key",
+    "remove a key",
+    "grow while in use",
+    "add a bitmap while in use",
+    "remove a bitmap while in use",
+    "enable a bitmap while in use",
+    "disable a bitmap while in use",
+    "clear a bitmap while in use",
 ];
 
 pub(crate) fn of_shape(shape: &Shape) -> BTreeSet<String> {
@@ -109,6 +119,15 @@ pub(crate) fn of_request(request: Request) -> &'static str {
         Request::Compressed { .. } => "compressed write",
         Request::Flush => "flush",
         Request::WriteBack => "write back",
+        Request::Live(action) => match action {
+            Action::Resize(_) => "grow while in use",
+            Action::Bitmap(..) => "add a bitmap while in use",
+            Action::Unbitmap(_) => "remove a bitmap while in use",
+            Action::Enable(_) => "enable a bitmap while in use",
+            Action::Disable(_) => "disable a bitmap while in use",
+            Action::Clear(_) => "clear a bitmap while in use",
+            _ => unreachable!("requests are not met by {action}"),
+        },
     }
 }
 
@@ -132,5 +151,9 @@ pub(crate) fn of_action(action: Action, grows: bool) -> &'static str {
         Action::Version(_) => "another version",
         Action::Lazy(_) => "lazy refcounts on or off",
         Action::Commit => "commit",
+        Action::Die => "die",
+        Action::Repair => "repair of leaks",
+        Action::Key(_) => "add a key",
+        Action::Unkey(_) => "remove a key",
     }
 }

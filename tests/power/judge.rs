@@ -1,22 +1,30 @@
 //! Judges what a power cut left.
 
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashSet};
+use std::rc::Rc;
+
+use qcow2_ublk::ErrorKind;
+use qcow2_ublk::crypto::Limits;
 use qcow2_ublk::engine::Engine;
+use qcow2_ublk::qcow2::KeySlots;
 use qcow2_ublk::qcow2::check::{self, Repair};
 use qcow2_ublk::qcow2::spec::header::Incompatible;
+use qcow2_ublk::runtime::Buf;
 use qcow2_ublk::storage::Storage;
 use qcow2_ublk::storage::sim::{self, Crash, Rng};
 
 use super::case::Case;
 use super::common::check::Checked;
 use super::common::lab;
-use super::machine::{self, Disks, block_on};
-use super::model::{Log, Taken, Value, World, stamp};
+use super::machine::{self, Disks, block_on, passphrase};
+use super::model::{Choice, Log, Promise, Taken, World, stamp};
 use super::run::{Ran, text};
 use super::shape::{Below, Data, Shape};
 use super::{Verdict, bitmaps, ensure};
 
 /// A world, and the values that each of its sectors may have.
-type Allowed<'a> = (&'a World, Vec<Vec<Value>>);
+type Allowed<'a> = (&'a World, Vec<Choice>);
 
 /// A history and what is found out about it once.
 pub(crate) struct Judge<'a> {
@@ -25,12 +33,19 @@ pub(crate) struct Judge<'a> {
     /// What sectors may hold at the point that was asked for last, for each
     /// world that may be there.
     allowed: (usize, Vec<Allowed<'a>>),
+    /// States that were found sound, with what was promised.
+    sound: HashSet<(Promise, Vec<sim::Image>)>,
+    below: RefCell<Option<BelowBytes>>,
 }
+
+/// The layer below that was looked at last (none, if it is always the same),
+/// and what it shows.
+type BelowBytes = (Option<sim::Image>, Rc<Vec<u8>>);
 
 /// What a state turned out to be.
 pub(crate) struct Found {
     /// All that its disk shows.
-    pub(crate) content: Vec<u8>,
+    pub(crate) content: Buf,
     /// It was marked dirty.
     pub(crate) dirty: bool,
 }
@@ -41,7 +56,16 @@ impl<'a> Judge<'a> {
             case,
             ran,
             allowed: (usize::MAX, Vec::new()),
+            sound: HashSet::new(),
+            below: RefCell::default(),
         }
+    }
+
+    /// True when the disks have not been found sound with these bytes before,
+    /// when the same was promised: a verdict would be no other.
+    pub(crate) fn is_new(&mut self, crash: &Crash) -> bool {
+        let promise = self.ran.log.promise(crash.point);
+        self.sound.insert((promise, crash.images.clone()))
     }
 
     /// Judges a state; `seed` decides what is done with it afterwards.
@@ -60,11 +84,9 @@ impl<'a> Judge<'a> {
         let images = &crash.images;
         let checked = Checked::open(&images[0]).map_err(|e| format!("it does not open: {e}"))?;
         let dirty = checked.header.incompatible.contains(Incompatible::DIRTY);
-        if !dirty {
-            sound(&checked)?;
-        }
-        let below = below_bytes(shape, images, self.ran.committed)?;
-        let taken = snapshots(&checked, &below)?;
+        let leaks = if dirty { None } else { Some(sound(&checked)?) };
+        let below = self.below(images)?;
+        let taken = self.snapshots(&checked, &below)?;
 
         let disks = Disks::with(shape, images);
         let mut rng = Rng::new(seed);
@@ -76,23 +98,34 @@ impl<'a> Judge<'a> {
         let engine = opened.map_err(|e| format!("it does not open: {e}"))?;
         if dirty || early_repair {
             let image = disks.image.image();
-            let checked = Checked::open(&image)?;
-            let leaks = sound(&checked)?;
+            let leaks = match leaks {
+                Some(leaks) if image == images[0] => leaks,
+                _ => {
+                    let checked = Checked::open(&image)?;
+                    self.same(&checked, &below, &taken)
+                        .map_err(|e| format!("after the repair: {e}"))?;
+                    sound(&checked)?
+                }
+            };
             ensure!(leaks == 0, "{leaks} clusters leak after the repair");
-            ensure!(
-                snapshots(&checked, &below)? == taken,
-                "snapshots have changed with the repair"
-            );
         }
-        let content = machine::read_all(&engine).await.map_err(text)?;
+        let content = machine::read_some(&engine, 0, engine.size()).await;
+        let content = content.map_err(text)?;
         if shape.data == Data::RawFile {
-            let raw = images[1].bytes(0, content.len() as u64);
-            ensure!(raw == content, "the raw file is not the disk");
+            let mut raw = images[1].pieces(0, content.len() as u64);
+            let same = raw.all(|(at, piece)| content[at..at + piece.len()] == *piece);
+            ensure!(same, "the raw file is not the disk");
         }
+        let keys = self.keys(&disks).await?;
         let mut reasons = Vec::new();
         for (world, allowed) in &self.allowed.1 {
             let verdict = async {
                 same_snapshots(&taken, world)?;
+                ensure!(
+                    keys == *world.keys,
+                    "the image opens with the keys {keys:?} and not with {:?}",
+                    world.keys
+                );
                 fits(log, &content, allowed)?;
                 bitmaps::judge(&checked, &engine, log, world, crash.point, &content).await
             };
@@ -113,24 +146,21 @@ impl<'a> Judge<'a> {
     }
 
     /// After more work, a clean close and the repair of what leaks.
-    async fn look_again(&self, disks: &Disks, taken: &[Stored], later: &[u8]) -> Verdict {
+    async fn look_again(&self, disks: &Disks, taken: &[Taken], later: &[u8]) -> Verdict {
         let shape = &self.case.shape;
         let images = disks.images();
         let checked = Checked::open(&images[0])?;
         let leaks = sound(&checked).map_err(|e| format!("after more work: {e}"))?;
-        let below = below_bytes(shape, &images, self.ran.committed)?;
-        ensure!(
-            snapshots(&checked, &below)? == taken,
-            "more work has changed a snapshot"
-        );
+        let below = self.below(&images)?;
+        self.same(&checked, &below, taken)
+            .map_err(|e| format!("after more work: {e}"))?;
         if shape.luks == 0 {
             let checked = checked.with_data(disks.data.is_some().then(|| &images[1]));
-            let content = checked.active_content(&below);
-            if let Some(at) = differs(&content, later) {
-                return Err(format!(
-                    "after more work sector {at} reads as something else"
-                ));
-            }
+            let wrong = checked.active_differs(&below, later);
+            ensure!(
+                wrong.is_none(),
+                "after more work the disk reads as something else from byte {wrong:?} on"
+            );
         }
         if leaks > 0 {
             repair_leaks(disks).await?;
@@ -139,6 +169,69 @@ impl<'a> Judge<'a> {
             ensure!(leaks == 0, "{leaks} clusters leak after their repair");
         }
         Ok(())
+    }
+
+    /// The snapshots of an image: each shows what one under its name may show.
+    fn snapshots(&self, checked: &Checked<'_>, below: &[u8]) -> Verdict<Vec<Taken>> {
+        let mut found = Vec::new();
+        for snapshot in checked.snapshots() {
+            let name = String::from_utf8_lossy(&snapshot.name).into_owned();
+            let worlds = self.allowed.1.iter();
+            let known = worlds.flat_map(|(world, _)| world.snapshots.iter());
+            let mut wrong = None;
+            let taken = known.filter(|taken| taken.name == name).find(|taken| {
+                let at = checked.snapshot_differs(&snapshot, below, &taken.content);
+                wrong = wrong.or(at);
+                at.is_none()
+            });
+            let taken = taken.ok_or_else(|| match wrong {
+                None => format!("there is a snapshot {name} too many"),
+                Some(at) => format!("snapshot {name} shows something else from byte {at} on"),
+            })?;
+            found.push(taken.clone());
+        }
+        Ok(found)
+    }
+
+    fn same(&self, checked: &Checked<'_>, below: &[u8], taken: &[Taken]) -> Verdict {
+        let now = self.snapshots(checked, below)?;
+        ensure!(now == taken, "the list of snapshots has changed");
+        Ok(())
+    }
+
+    /// The passphrases besides the first that open the image.
+    async fn keys(&self, disks: &Disks) -> Verdict<BTreeSet<char>> {
+        let worlds = self.ran.log.worlds.iter();
+        let mut names: BTreeSet<char> = worlds.flat_map(|w| w.keys.iter().copied()).collect();
+        if names.is_empty() {
+            return Ok(names);
+        }
+        let storage = Storage::simulated(&disks.image, self.case.shape.alignment);
+        let slots = KeySlots::open(&storage).await.map_err(text)?;
+        for name in names.clone() {
+            let slot = slots.slot_of(&passphrase(name), &Limits::default()).await;
+            match slot {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Permission => drop(names.remove(&name)),
+                Err(error) => return Err(text(error)),
+            }
+        }
+        Ok(names)
+    }
+
+    /// What the layer below shows.
+    fn below(&self, images: &[sim::Image]) -> Verdict<Rc<Vec<u8>>> {
+        let (shape, committed) = (&self.case.shape, self.ran.committed);
+        let image = images.last().filter(|_| committed);
+        let mut last = self.below.borrow_mut();
+        match &*last {
+            Some((other, bytes)) if other.as_ref() == image => Ok(Rc::clone(bytes)),
+            _ => {
+                let bytes = Rc::new(below_bytes(shape, images, committed)?);
+                *last = Some((image.cloned(), Rc::clone(&bytes)));
+                Ok(bytes)
+            }
+        }
     }
 }
 
@@ -177,20 +270,21 @@ async fn repair_leaks(disks: &Disks) -> Verdict {
 }
 
 /// Whether the disk holds what it may.
-pub(crate) fn fits(log: &Log, content: &[u8], allowed: &[Vec<Value>]) -> Verdict {
+pub(crate) fn fits(log: &Log, content: &[u8], allowed: &[Choice]) -> Verdict {
     ensure!(
         content.len() == allowed.len() * 512,
         "the disk has {} sectors, not {}",
         content.len() / 512,
         allowed.len()
     );
-    for (sector, (bytes, values)) in content.chunks_exact(512).zip(allowed).enumerate() {
-        let fits = values
-            .iter()
-            .any(|&value| log.is(bytes, sector as u64, value));
+    for (sector, (bytes, choice)) in content.chunks_exact(512).zip(allowed).enumerate() {
+        let fits = choice
+            .values()
+            .any(|value| log.is(bytes, sector as u64, value));
         ensure!(
             fits,
-            "sector {sector} is none of {values:?}: it is {}",
+            "sector {sector} is none of {:?}: it is {}",
+            choice.values().collect::<Vec<_>>(),
             what_is(bytes)
         );
     }
@@ -209,48 +303,17 @@ fn what_is(bytes: &[u8]) -> String {
     format!("{:02x?}...", &bytes[..16])
 }
 
-/// A snapshot in the file.
-type Stored = (String, Vec<u8>);
-
-fn snapshots(checked: &Checked<'_>, below: &[u8]) -> Verdict<Vec<Stored>> {
-    let table = checked.snapshots();
-    Ok(table
-        .iter()
-        .enumerate()
-        .map(|(index, snapshot)| {
-            let name = String::from_utf8_lossy(&snapshot.name).into_owned();
-            (name, checked.snapshot_content(index, below))
-        })
-        .collect())
-}
-
-fn same_snapshots(found: &[Stored], world: &World) -> Verdict {
-    let names = |found: Vec<&str>| found.join(", ");
+fn same_snapshots(found: &[Taken], world: &World) -> Verdict {
+    let names = |snapshots: &[Taken]| {
+        let names: Vec<&str> = snapshots.iter().map(|taken| &*taken.name).collect();
+        names.join(", ")
+    };
     ensure!(
-        found.len() == world.snapshots.len(),
-        "the snapshots are [{}] and not [{}]",
-        names(found.iter().map(|(name, _)| &**name).collect()),
-        names(world.snapshots.iter().map(|taken| &*taken.name).collect())
+        found == &**world.snapshots,
+        "the snapshots are [{}] and not [{}], or show something else",
+        names(found),
+        names(&world.snapshots)
     );
-    for (
-        (name, content),
-        Taken {
-            name: wanted,
-            content: shown,
-            ..
-        },
-    ) in found.iter().zip(&*world.snapshots)
-    {
-        ensure!(
-            name == wanted,
-            "there is a snapshot {name} and not {wanted}"
-        );
-        ensure!(
-            content == &**shown,
-            "snapshot {name} shows something else in sector {:?}",
-            differs(content, shown)
-        );
-    }
     Ok(())
 }
 
@@ -276,22 +339,19 @@ pub(crate) fn below_bytes(
 
 /// Life goes on with the image: some writes, which can be read, and a clean
 /// close. What the disk shows then.
-async fn goes_on(
-    engine: &Engine,
-    content: &[u8],
-    shape: &Shape,
-    rng: &mut Rng,
-) -> Verdict<Vec<u8>> {
-    let mut wanted = content.to_vec();
+async fn goes_on(engine: &Engine, content: &[u8], shape: &Shape, rng: &mut Rng) -> Verdict<Buf> {
+    let mut wanted = Buf::copy_of(content);
     let sectors = content.len() as u64 / 512;
     if sectors == 0 {
         engine.close().await.map_err(text)?;
         return Ok(wanted);
     }
     let cluster = shape.cluster / 512;
+    let mut written = Vec::new();
     for turn in 0..3_u32 {
         let at = rng.below(sectors);
         let len = (1 + rng.below(cluster + 4)).min(sectors - at);
+        written.push((at, len));
         let bytes = &mut wanted[(at * 512) as usize..((at + len) * 512) as usize];
         let done = if turn == 2 {
             bytes.fill(0);
@@ -307,9 +367,21 @@ async fn goes_on(
             engine.flush().await.map_err(text)?;
         }
     }
-    let now = machine::read_all(engine).await.map_err(text)?;
-    if let Some(at) = differs(&now, &wanted) {
-        return Err(format!("sector {at} is not what was written"));
+    if shape.luks != 0 || rng.chance(1, 4) {
+        written = vec![(0, sectors)];
+    }
+    // Otherwise what was written and what is beside it; all of the disk is
+    // looked at when it is closed.
+    for (at, len) in written {
+        let start = at.saturating_sub(cluster);
+        let end = (at + len + cluster).min(sectors);
+        let now = machine::read_some(engine, start * 512, (end - start) * 512).await;
+        let now = now.map_err(text)?;
+        let wanted = &wanted[start as usize * 512..end as usize * 512];
+        if let Some(at) = differs(&now, wanted) {
+            let sector = start + at as u64;
+            return Err(format!("sector {sector} is not what was written"));
+        }
     }
     engine.close().await.map_err(text)?;
     Ok(wanted)

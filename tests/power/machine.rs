@@ -11,7 +11,7 @@ use qcow2_ublk::crypto::{Effort, Keyring, Secret, luks1, luks2};
 use qcow2_ublk::engine::{self, Engine};
 use qcow2_ublk::qcow2::create::{Backing, CreateOptions, Preallocation};
 use qcow2_ublk::qcow2::{Image, ImageOptions};
-use qcow2_ublk::runtime::Runtime;
+use qcow2_ublk::runtime::{Buf, Runtime};
 use qcow2_ublk::storage::Storage;
 use qcow2_ublk::storage::sim::{self, Rng, SimDisk};
 use qcow2_ublk::{Error, Result};
@@ -21,6 +21,11 @@ use super::model::stamp;
 use super::shape::{Below, Data, Shape};
 
 pub(crate) const PASSPHRASE: &[u8] = b"power";
+
+/// A passphrase besides [`PASSPHRASE`].
+pub(crate) fn passphrase(name: char) -> Secret {
+    Secret::new(format!("power {name}").into_bytes())
+}
 
 /// Runs a future on this thread's own executor.
 pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
@@ -110,6 +115,13 @@ pub(crate) async fn open(disks: &Disks, shape: &Shape) -> Result<Engine> {
 /// All that the disk shows.
 pub(crate) async fn read_all(engine: &Engine) -> Result<Vec<u8>> {
     lab::read(engine, 0, 0, engine.size()).await
+}
+
+/// `len` bytes of it from `offset` on, into memory that is used again.
+pub(crate) async fn read_some(engine: &Engine, offset: u64, len: u64) -> Result<Buf> {
+    let mut bytes = Buf::take(len as usize);
+    lab::read_into(engine, 0, offset, &mut bytes).await?;
+    Ok(bytes)
 }
 
 /// Bytes of what is below: shorter than the disk, to an odd sector.
@@ -239,11 +251,12 @@ fn qcow2_below(shape: &Shape) -> Result<sim::Image> {
         let storage = Storage::simulated(&disk, 1);
         let image = Image::open(storage, &ImageOptions::default()).await?;
         let engine = Engine::new(Chain::new(image, Vec::new()), engine::Options::default());
-        let half = content.len() / 2;
+        // A few clusters: they are inflated for every state.
+        let part = content.len().min(3 * 4096);
         engine
-            .write_compressed(0, 0, &content[..half], None)
+            .write_compressed(0, 0, &content[..part], None)
             .await?;
-        lab::write(&engine, 0, half as u64, &content[half..], false).await?;
+        lab::write(&engine, 0, part as u64, &content[part..], false).await?;
         engine.close().await
     })?;
     let image = disk.image();

@@ -14,6 +14,7 @@ mod case;
 mod explore;
 mod features;
 mod judge;
+mod live;
 mod machine;
 mod model;
 #[cfg(debug_assertions)]
@@ -23,6 +24,7 @@ mod qemu;
 mod run;
 mod shape;
 mod shrink;
+mod task;
 mod workload;
 
 /// Why a state is wrong.

@@ -1,7 +1,7 @@
 //! What an image may show at each moment of its history: requests with the
 //! times of their begin and end, and the worlds that actions make.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -29,6 +29,8 @@ pub(crate) fn stamp(id: u32, sector: u64) -> [u8; 512] {
 #[derive(Clone, Debug)]
 pub(crate) struct Change {
     pub(crate) sectors: Range<u64>,
+    /// Those that it names: a discard leaves parts of clusters alone.
+    pub(crate) named: Range<u64>,
     pub(crate) value: Value,
     /// Records in the history when it began, and the time.
     pub(crate) started: usize,
@@ -50,12 +52,18 @@ pub(crate) struct Flush {
 }
 
 /// A snapshot and what it shows (encrypted, as it is in the file).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Taken {
     pub(crate) name: String,
     pub(crate) content: Rc<Vec<u8>>,
     /// Which of [`Log::contents`] applying it makes the disk.
     pub(crate) shown: u32,
+}
+
+impl PartialEq for Taken {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.content == other.content
+    }
 }
 
 /// A bitmap, as its owner believes it to be.
@@ -71,17 +79,36 @@ pub(crate) struct Bitmap {
     pub(crate) carried: Rc<Vec<bool>>,
     /// Sectors that are dirty now, in whole granules.
     pub(crate) dirty: Vec<bool>,
+    /// Sectors, in whole granules, that somebody wrote to while recording
+    /// began or ended: whether they are dirty is luck.
+    pub(crate) unsure: Rc<Vec<bool>>,
+    /// Nobody wrote it down when its recording ended: it is marked in use for
+    /// good.
+    pub(crate) lost: bool,
 }
 
 impl Bitmap {
     pub(crate) fn mark(&mut self, start: u64, end: u64) {
-        let first = start / self.granularity * self.granularity / 512;
-        let last = (end.next_multiple_of(self.granularity) / 512) as usize;
-        if self.dirty.len() < last {
-            self.dirty.resize(last, false);
-        }
-        self.dirty[first as usize..last].fill(true);
+        mark(&mut self.dirty, self.granularity, start, end);
     }
+
+    pub(crate) fn doubt(&mut self, start: u64, end: u64) {
+        mark(Rc::make_mut(&mut self.unsure), self.granularity, start, end);
+    }
+
+    pub(crate) fn is_sure(&self, sector: usize) -> bool {
+        !self.unsure.get(sector).copied().unwrap_or(false)
+    }
+}
+
+/// Marks the sectors of all granules that these bytes touch.
+fn mark(sectors: &mut Vec<bool>, granularity: u64, start: u64, end: u64) {
+    let first = start / granularity * granularity / 512;
+    let last = (end.next_multiple_of(granularity) / 512) as usize;
+    if sectors.len() < last {
+        sectors.resize(last, false);
+    }
+    sectors[first as usize..last].fill(true);
 }
 
 /// What holds between two actions: requests change sectors of it.
@@ -95,13 +122,46 @@ pub(crate) struct World {
     pub(crate) sectors: Rc<Vec<(Value, usize)>>,
     pub(crate) snapshots: Rc<Vec<Taken>>,
     pub(crate) bitmaps: Rc<BTreeMap<char, Bitmap>>,
+    /// Passphrases that open the image besides the first.
+    pub(crate) keys: Rc<BTreeSet<char>>,
 }
 
 /// After a clean close bitmaps are exact, until something else is done.
 pub(crate) struct Closed {
     pub(crate) complete: usize,
-    pub(crate) until: usize,
     pub(crate) exact: BTreeMap<char, Vec<bool>>,
+}
+
+/// What a sector may hold: nearly always one value.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choice {
+    first: Option<Value>,
+    others: Vec<Value>,
+}
+
+impl Choice {
+    fn add(&mut self, value: Value) {
+        match self.first {
+            None => self.first = Some(value),
+            Some(_) if self.values().any(|other| other == value) => {}
+            Some(_) => self.others.push(value),
+        }
+    }
+
+    pub(crate) fn values(&self) -> impl Iterator<Item = Value> {
+        self.first.iter().chain(&self.others).copied()
+    }
+}
+
+/// What is promised at a point. Where it is the same at a later one, no state
+/// that was right before is wrong there: more may have begun meanwhile, which
+/// only adds to what may be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Promise {
+    flushes: usize,
+    durable: usize,
+    world: usize,
+    closed: Option<usize>,
 }
 
 /// A whole history.
@@ -134,15 +194,37 @@ impl Log {
     /// The worlds that may be there after `point` records: the last one that
     /// was complete, and the one that was being made.
     pub(crate) fn worlds_at(&self, point: usize) -> impl Iterator<Item = &World> {
-        let done = self.worlds.iter().rposition(|w| w.complete <= point);
-        let from = done.unwrap_or(0);
-        self.worlds[from..]
+        self.worlds[self.world_at(point)..]
             .iter()
             .take_while(move |world| world.started <= point)
     }
 
+    fn world_at(&self, point: usize) -> usize {
+        let done = self.worlds.iter().rposition(|w| w.complete <= point);
+        done.unwrap_or(0)
+    }
+
+    /// The clean close after which nothing has been done at this point.
+    pub(crate) fn closed_at(&self, point: usize) -> Option<usize> {
+        self.closes
+            .iter()
+            .position(|closed| closed.complete == point)
+    }
+
+    /// What is promised after `point` records.
+    pub(crate) fn promise(&self, point: usize) -> Promise {
+        let flushes = self.flushes.iter().filter(|f| f.complete <= point);
+        let durable = self.changes.iter().filter_map(|change| change.durable);
+        Promise {
+            flushes: flushes.count(),
+            durable: durable.filter(|&at| at <= point).count(),
+            world: self.world_at(point),
+            closed: self.closed_at(point),
+        }
+    }
+
     /// What each sector of `world` may hold after `point` records.
-    pub(crate) fn allowed(&self, world: &World, point: usize) -> Vec<Vec<Value>> {
+    pub(crate) fn allowed(&self, world: &World, point: usize) -> Vec<Choice> {
         let durable_before = self
             .flushes
             .iter()
@@ -156,8 +238,34 @@ impl Log {
         })
     }
 
+    /// The process has died when the disk showed this, and nobody knows what
+    /// of it is durable. The next flush makes it so.
+    pub(crate) fn died(&mut self, recorded: usize, shown: Rc<Vec<u8>>) {
+        let sectors = 0..shown.len() as u64 / 512;
+        let value = Value::Content(self.add_content(shown));
+        let begun = self.tick();
+        let acked = Some(self.tick());
+        self.changes.push(Change {
+            named: sectors.clone(),
+            sectors,
+            value,
+            started: recorded,
+            begun,
+            acked,
+            durable: None,
+            optional: false,
+        });
+    }
+
+    /// The changes that were under way at some time between these two.
+    pub(crate) fn under_way(&self, start: u64, end: u64) -> impl Iterator<Item = &Change> {
+        self.changes.iter().filter(move |change| {
+            change.begun < end && change.acked.is_none_or(|acked| acked > start)
+        })
+    }
+
     /// What each sector holds while no request is under way, for a reader.
-    pub(crate) fn allowed_live(&self, world: &World) -> Vec<Vec<Value>> {
+    pub(crate) fn allowed_live(&self, world: &World) -> Vec<Choice> {
         self.allowed_if(world, usize::MAX, |change| change.acked.is_some())
     }
 
@@ -166,7 +274,7 @@ impl Log {
         world: &World,
         point: usize,
         durable: impl Fn(&Change) -> bool,
-    ) -> Vec<Vec<Value>> {
+    ) -> Vec<Choice> {
         // For each sector, the latest begin of a request that is durable: what
         // had ended before that is gone.
         let mut settled = vec![0; world.sectors.len()];
@@ -186,11 +294,14 @@ impl Log {
                 }
             }
         }
-        let mut allowed: Vec<Vec<Value>> = world
+        let mut allowed: Vec<Choice> = world
             .sectors
             .iter()
             .zip(&settled)
-            .map(|(&(base, _), &settled)| if settled == 0 { vec![base] } else { Vec::new() })
+            .map(|(&(base, _), &settled)| Choice {
+                first: (settled == 0).then_some(base),
+                others: Vec::new(),
+            })
             .collect();
         for (number, change) in self.changes.iter().enumerate() {
             if change.started > point {
@@ -203,9 +314,8 @@ impl Log {
                 let gone = change
                     .acked
                     .is_some_and(|end| end < settled[sector as usize]);
-                let values = &mut allowed[sector as usize];
-                if !gone && !values.contains(&change.value) {
-                    values.push(change.value);
+                if !gone {
+                    allowed[sector as usize].add(change.value);
                 }
             }
         }
@@ -215,7 +325,7 @@ impl Log {
     /// Whether a sector's bytes are this.
     pub(crate) fn is(&self, bytes: &[u8], sector: u64, value: Value) -> bool {
         match value {
-            Value::Zeros => bytes.iter().all(|&b| b == 0),
+            Value::Zeros => bytes == [0; 512],
             Value::Stamp(id) => {
                 let word = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
                 word == (u64::from(id) << 32 | sector << 8 | 1 << 63) && bytes == stamp(id, sector)
@@ -225,7 +335,7 @@ impl Log {
                 let at = sector as usize * 512;
                 match content.get(at..at + 512) {
                     Some(wanted) => bytes == wanted,
-                    None => bytes.iter().all(|&b| b == 0),
+                    None => bytes == [0; 512],
                 }
             }
         }

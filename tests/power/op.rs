@@ -33,6 +33,8 @@ pub(crate) enum Request {
     Flush,
     /// What is dirty is written back, as now and then.
     WriteBack,
+    /// An action that may meet requests: a bitmap's, or growing.
+    Live(Action),
 }
 
 impl Request {
@@ -44,7 +46,7 @@ impl Request {
             | Self::Zero { at, len, .. }
             | Self::Discard { at, len }
             | Self::Compressed { at, len } => Some((at, len)),
-            Self::Flush | Self::WriteBack => None,
+            Self::Flush | Self::WriteBack | Self::Live(_) => None,
         }
     }
 }
@@ -54,6 +56,8 @@ impl Request {
 pub(crate) enum Action {
     /// Close and open again.
     Reopen,
+    /// The process dies, and another opens the image.
+    Die,
     Snapshot(char),
     Unsnapshot(char),
     Apply(char),
@@ -75,6 +79,11 @@ pub(crate) enum Action {
     Lazy(bool),
     /// The layer below gets everything.
     Commit,
+    /// What leaks is given back.
+    Repair,
+    /// Another passphrase opens the image.
+    Key(char),
+    Unkey(char),
 }
 
 /// A step of a history.
@@ -103,6 +112,7 @@ impl fmt::Display for Request {
             Self::Compressed { at, len } => write!(f, "c{at}+{len}"),
             Self::Flush => f.write_str("f"),
             Self::WriteBack => f.write_str("b"),
+            Self::Live(action) => write!(f, "!{action}"),
         }
     }
 }
@@ -113,6 +123,9 @@ impl Request {
             "f" => return Some(Self::Flush),
             "b" => return Some(Self::WriteBack),
             _ => {}
+        }
+        if let Some(action) = text.strip_prefix('!') {
+            return Action::parse(action).map(Self::Live);
         }
         let fua = text.ends_with('F');
         let rest = text.trim_end_matches('F');
@@ -140,6 +153,7 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Reopen => f.write_str("reopen"),
+            Self::Die => f.write_str("die"),
             Self::Snapshot(name) => write!(f, "snap={name}"),
             Self::Unsnapshot(name) => write!(f, "unsnap={name}"),
             Self::Apply(name) => write!(f, "apply={name}"),
@@ -156,6 +170,9 @@ impl fmt::Display for Action {
             Self::Version(version) => write!(f, "version={version}"),
             Self::Lazy(on) => write!(f, "lazy={}", u8::from(on)),
             Self::Commit => f.write_str("commit"),
+            Self::Repair => f.write_str("repair"),
+            Self::Key(name) => write!(f, "key={name}"),
+            Self::Unkey(name) => write!(f, "unkey={name}"),
         }
     }
 }
@@ -167,7 +184,11 @@ impl Action {
         let number = || value.parse::<u64>().ok();
         Some(match word {
             "reopen" => Self::Reopen,
+            "die" => Self::Die,
             "commit" => Self::Commit,
+            "repair" => Self::Repair,
+            "key" => Self::Key(name?),
+            "unkey" => Self::Unkey(name?),
             "snap" => Self::Snapshot(name?),
             "unsnap" => Self::Unsnapshot(name?),
             "apply" => Self::Apply(name?),

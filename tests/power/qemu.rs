@@ -47,7 +47,7 @@ pub(crate) fn judge(shape: &Shape, crash: &Crash, found: &Found) -> Verdict {
     let differs = content.chunks(512).zip(found.content.chunks(512));
     let at = differs.take_while(|(a, b)| a == b).count();
     ensure!(
-        content == found.content,
+        content == *found.content,
         "QEMU reads something else in sector {at}"
     );
     Ok(())

@@ -5,19 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use qcow2_ublk::block::{BlockHandler, Op, Payload, Request as Asked};
+use qcow2_ublk::Error;
 use qcow2_ublk::engine::Engine;
-use qcow2_ublk::qcow2::Barrier;
 use qcow2_ublk::runtime::spawn;
-use qcow2_ublk::{Error, Result};
 
 use super::case::Case;
-use super::common::lab;
 use super::features;
-use super::machine::{self, Disks, is_refusal};
-use super::model::{Bitmap, Change, Closed, Flush, Log, Value, World, stamp};
-use super::op::{Request, Step};
+use super::machine::{self, Disks};
+use super::model::{Bitmap, Closed, Flush, Log, Value, World};
+use super::op::{Action, Request, Step};
 use super::shape::Below;
+use super::task::Task;
 use super::{Verdict, ensure};
 
 /// A history that was made.
@@ -96,6 +94,7 @@ impl<'a> Session<'a> {
                 sectors: Rc::new(vec![(Value::Content(number), 0); sectors]),
                 snapshots: Rc::default(),
                 bitmaps: Rc::default(),
+                keys: Rc::default(),
             });
         }
         Ok(session)
@@ -137,12 +136,12 @@ impl<'a> Session<'a> {
             .map_err(|e| format!("cannot close: {e}"))?;
         let complete = self.recorded();
         let exact = self.bitmaps.borrow();
-        let exact = exact.iter().map(|(&name, b)| (name, b.dirty.clone()));
+        let exact = exact.iter().filter(|(_, bitmap)| !bitmap.lost);
+        let exact = exact.map(|(&name, bitmap)| (name, bitmap.dirty.clone()));
         let mut log = self.log.borrow_mut();
         log.flushes.push(Flush { begun, complete });
         log.closes.push(Closed {
             complete,
-            until: complete,
             exact: exact.collect(),
         });
         Ok(())
@@ -162,6 +161,13 @@ impl<'a> Session<'a> {
                 .borrow_mut()
                 .insert("several tasks".to_owned());
         }
+        let mut end = self.engine().size() / 512;
+        let grows =
+            |&(_, request): &(u8, Request)| matches!(request, Request::Live(Action::Resize(_)));
+        if requests.iter().any(grows) {
+            // Nobody may use the last cluster meanwhile.
+            end -= end % (self.case.shape.cluster / 512);
+        }
         let tasks: Vec<_> = queues
             .into_iter()
             .map(|(number, requests)| {
@@ -175,6 +181,7 @@ impl<'a> Session<'a> {
                     tells_mapping: self.tells_mapping(),
                     barrier: self.case.shape.barrier,
                     backed: self.case.shape.below != Below::Nothing,
+                    end,
                     number: number.into(),
                 };
                 spawn(async move {
@@ -193,6 +200,14 @@ impl<'a> Session<'a> {
         }
         result?;
         self.compare().await.map(drop)
+    }
+
+    /// Clusters from this sector on may be mapped already: growing maps them
+    /// where only that hides what is below.
+    pub(crate) fn touch_from(&self, sector: u64, end: u64) {
+        let cluster = self.case.shape.cluster / 512;
+        let clusters = sector / cluster..end.div_ceil(cluster);
+        self.touched.borrow_mut().extend(clusters);
     }
 
     /// The first write to a cluster is sure to map it.
@@ -217,176 +232,5 @@ impl<'a> Session<'a> {
         let allowed = log.allowed_live(world);
         super::judge::fits(&log, &content, &allowed).map_err(|e| format!("while in use, {e}"))?;
         Ok(content)
-    }
-}
-
-/// One of those who make requests.
-struct Task {
-    engine: Arc<Engine>,
-    disks: Disks,
-    log: Rc<RefCell<Log>>,
-    features: Rc<RefCell<BTreeSet<String>>>,
-    bitmaps: Rc<RefCell<BTreeMap<char, Bitmap>>>,
-    /// Clusters that somebody has begun to change.
-    touched: Rc<RefCell<BTreeSet<u64>>>,
-    tells_mapping: bool,
-    barrier: Barrier,
-    backed: bool,
-    number: u16,
-}
-
-impl Task {
-    async fn handle(&self, request: Request) -> Verdict {
-        let Some((at, len)) = request.range() else {
-            let begun = self.log.borrow_mut().tick();
-            let done = match request {
-                Request::Flush => self.engine.flush().await,
-                _ => self.engine.write_back().await,
-            };
-            done.map_err(text)?;
-            if request == Request::Flush {
-                let complete = self.disks.image.recorded();
-                self.log
-                    .borrow_mut()
-                    .flushes
-                    .push(Flush { begun, complete });
-            }
-            self.features
-                .borrow_mut()
-                .insert(features::of_request(request).to_owned());
-            return Ok(());
-        };
-        // The disk may be smaller than when this was thought of.
-        let sectors = self.engine.size() / 512;
-        let len = len.min(sectors.saturating_sub(at));
-        if len == 0 {
-            return Ok(());
-        }
-        self.change(request, at, len).await
-    }
-
-    async fn change(&self, request: Request, at: u64, len: u64) -> Verdict {
-        let maps = self.touch(request, at, len);
-        let number = self.begin(request, at, len);
-        let done = self.ask(request, at, len, number).await;
-        let mut log = self.log.borrow_mut();
-        let now = log.tick();
-        let recorded = self.disks.image.recorded();
-        let change = &mut log.changes[number];
-        change.acked = Some(now);
-        match done {
-            Ok(()) => {}
-            Err(error) if is_refusal(&error) && matches!(request, Request::Compressed { .. }) => {
-                // Nothing was done.
-                change.sectors = 0..0;
-                return Ok(());
-            }
-            Err(error) => return Err(text(error)),
-        }
-        let begun = change.begun;
-        let fua = matches!(
-            request,
-            Request::Write { fua: true, .. } | Request::Zero { fua: true, .. }
-        );
-        change.durable = fua.then_some(recorded);
-        // A barrier promises as much as a flush that begins after the request.
-        let promised = match self.barrier {
-            Barrier::Full => true,
-            Barrier::Metadata => maps,
-            _ => false,
-        };
-        if promised {
-            change.durable = Some(recorded);
-            log.flushes.push(Flush {
-                begun,
-                complete: recorded,
-            });
-        }
-        drop(log);
-        for bitmap in self.bitmaps.borrow_mut().values_mut().filter(|b| b.enabled) {
-            bitmap.mark(at * 512, (at + len) * 512);
-        }
-        self.features
-            .borrow_mut()
-            .insert(features::of_request(request).to_owned());
-        Ok(())
-    }
-
-    /// True when the request is sure to change a mapping.
-    fn touch(&self, request: Request, at: u64, len: u64) -> bool {
-        let cluster = self.engine.chain().top().cluster_size() / 512;
-        let mut touched = self.touched.borrow_mut();
-        let new = (at / cluster..=(at + len - 1) / cluster)
-            .filter(|&number| touched.insert(number))
-            .count();
-        new > 0 && self.tells_mapping && matches!(request, Request::Write { .. })
-    }
-
-    /// Notes that the request begins.
-    fn begin(&self, request: Request, at: u64, len: u64) -> usize {
-        let mut log = self.log.borrow_mut();
-        let image = self.engine.chain().top();
-        let number = log.changes.len();
-        let mut sectors = at..at + len;
-        let mut optional = false;
-        let value = match request {
-            Request::Write { .. } | Request::Compressed { .. } => Value::Stamp(number as u32 + 1),
-            _ => Value::Zeros,
-        };
-        if let Request::Discard { .. } = request {
-            // Whole clusters, where there is a way to hide what is below.
-            let cluster = image.cluster_size() / 512;
-            if sectors.end != self.engine.size() / 512 {
-                sectors.end -= sectors.end % cluster;
-            }
-            sectors.start = sectors.start.next_multiple_of(cluster).min(sectors.end);
-            optional = image.version() < 3 && self.backed;
-        }
-        let begun = log.tick();
-        log.changes.push(Change {
-            sectors,
-            value,
-            started: self.disks.image.recorded(),
-            begun,
-            acked: None,
-            durable: None,
-            optional,
-        });
-        number
-    }
-
-    async fn ask(&self, request: Request, at: u64, len: u64, number: usize) -> Result<()> {
-        let (offset, bytes) = (at * 512, len * 512);
-        let data = || -> Vec<u8> {
-            (at..at + len)
-                .flat_map(|sector| stamp(number as u32 + 1, sector))
-                .collect()
-        };
-        let zeros = |op| Asked {
-            op,
-            offset,
-            len: bytes,
-            payload: Payload::zeros(bytes),
-        };
-        let engine = &*self.engine;
-        match request {
-            Request::Write { fua, .. } => {
-                lab::write(engine, self.number, offset, &data(), fua).await
-            }
-            Request::Nulls { .. } => {
-                lab::write(engine, self.number, offset, &vec![0; bytes as usize], false).await
-            }
-            Request::Zero { unmap, fua, .. } => {
-                let op = Op::WriteZeroes { unmap, fua };
-                engine.handle(self.number, zeros(op)).await
-            }
-            Request::Discard { .. } => engine.handle(self.number, zeros(Op::Discard)).await,
-            Request::Compressed { .. } => {
-                engine
-                    .write_compressed(self.number, offset, &data(), None)
-                    .await
-            }
-            Request::Flush | Request::WriteBack => unreachable!("they change nothing"),
-        }
     }
 }

@@ -166,8 +166,8 @@ impl Shape {
         shape.sectors = match shape.cluster {
             512 | 1024 => 100 + rng.below(300),
             4096 => 128 + rng.below(384),
-            16384 => 256 + rng.below(512),
-            _ => 512 + rng.below(1024),
+            16384 => 160 + rng.below(320),
+            _ => 384 + rng.below(640),
         };
         if shape.tiny && shape.cluster == 512 && rng.chance(1, 2) {
             // More tables than such a cache has.
@@ -181,7 +181,7 @@ impl Shape {
         Self {
             cluster: 512,
             refcount_bits: 64,
-            sectors: 3850,
+            sectors: 3750 + rng.below(60),
             fill: 1 + rng.below(1 << 20),
             full: true,
             queues: 2,

@@ -16,6 +16,7 @@ pub(crate) fn random(shape: &Shape, rng: &mut Rng) -> Vec<Step> {
         tasks: 0,
         centre: 0,
         snapshots: Vec::new(),
+        keys: Vec::new(),
     };
     work.tasks = 1 + work.rng.below(5) as u8;
     let waves = 2 + work.rng.below(4);
@@ -50,6 +51,7 @@ struct Work<'a> {
     centre: u64,
     /// Names that snapshots were made under.
     snapshots: Vec<char>,
+    keys: Vec<char>,
 }
 
 impl Work<'_> {
@@ -60,10 +62,33 @@ impl Work<'_> {
         } else {
             1 + self.rng.below(9)
         };
-        let requests = (0..count)
+        let mut requests: Vec<_> = (0..count)
             .map(|_| (self.rng.below(self.tasks.into()) as u8, self.request()))
             .collect();
+        if self.rng.chance(1, 5) {
+            let live = Request::Live(self.live());
+            let place = self.rng.below(count + 1) as usize;
+            requests.insert(place, (self.rng.below(self.tasks.into()) as u8, live));
+        }
         Step::Wave(requests)
+    }
+
+    /// An action that may meet requests.
+    fn live(&mut self) -> Action {
+        let name = NAMES[self.rng.below(3) as usize];
+        match self.rng.below(12) {
+            0..3 => self.grow(),
+            3..6 => self.bitmap(name),
+            6 => Action::Unbitmap(name),
+            7..9 => Action::Enable(name),
+            9 => Action::Disable(name),
+            _ => Action::Clear(name),
+        }
+    }
+
+    /// A new one; bitmaps that are there are found again under their names.
+    fn bitmap(&mut self, name: char) -> Action {
+        Action::Bitmap(name, 9 + self.rng.below(6) as u8)
     }
 
     /// A range near the others or anywhere, of a few sectors, a cluster or
@@ -113,7 +138,12 @@ impl Work<'_> {
 
     fn action(&mut self) -> Action {
         let name = NAMES[self.rng.below(3) as usize];
-        match self.rng.below(30) {
+        if self.shape.luks != 0 && self.rng.chance(1, 3) {
+            return self.key(name);
+        }
+        match self.rng.below(36) {
+            30..34 => Action::Die,
+            34 => Action::Repair,
             0..3 => Action::Reopen,
             3..5 => Action::Snapshot(self.new_snapshot(name)),
             5 => Action::Unsnapshot(self.snapshot(name)),
@@ -122,7 +152,7 @@ impl Work<'_> {
             9 | 29 => Action::OfflineUnsnapshot(self.snapshot(name)),
             10 => Action::OfflineApply(self.snapshot(name)),
             11..14 => self.resize(),
-            14..18 => Action::Bitmap(name, 9 + self.rng.below(6) as u8),
+            14..18 => self.bitmap(name),
             18 => Action::Unbitmap(name),
             19 => Action::Enable(name),
             20 => Action::Disable(name),
@@ -149,18 +179,36 @@ impl Work<'_> {
         }
     }
 
+    /// Another key, or one less.
+    fn key(&mut self, name: char) -> Action {
+        if !self.keys.is_empty() && self.rng.chance(1, 2) {
+            let place = self.rng.below(self.keys.len() as u64) as usize;
+            return Action::Unkey(self.keys.swap_remove(place));
+        }
+        self.keys.push(name);
+        Action::Key(name)
+    }
+
     fn resize(&mut self) -> Action {
-        let sectors = if self.rng.chance(1, 2) {
-            let more = if self.rng.chance(1, 3) {
-                // The L1 table grows.
-                self.sectors + 2000 * self.shape.cluster.min(1024) / 1024
-            } else {
-                self.shape.cluster / 512 * 6
-            };
-            self.sectors + 1 + self.rng.below(more)
+        if self.rng.chance(1, 2) {
+            return self.grow();
+        }
+        let sectors = 1 + self.rng.below(self.sectors);
+        self.resize_to(sectors)
+    }
+
+    fn grow(&mut self) -> Action {
+        let more = if self.rng.chance(1, 3) {
+            // The L1 table grows.
+            self.sectors + 2000 * self.shape.cluster.min(1024) / 1024
         } else {
-            1 + self.rng.below(self.sectors)
+            self.shape.cluster / 512 * 6
         };
+        let sectors = self.sectors + 1 + self.rng.below(more);
+        self.resize_to(sectors)
+    }
+
+    fn resize_to(&mut self, sectors: u64) -> Action {
         // Those that are larger take long to read.
         let sectors = sectors.min(2 * self.shape.sectors.max(1000));
         // With a data file, shrinking is refused.
