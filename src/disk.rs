@@ -8,7 +8,8 @@ use crate::chain;
 use crate::engine::{self, Engine, Housekeeper};
 use crate::error::{Error, Result};
 use crate::qcow2::create::CreateOptions;
-use crate::qcow2::{BitmapAction, BitmapContent, BitmapInfo};
+use crate::qcow2::spec::snapshot::Snapshot;
+use crate::qcow2::{BitmapAction, BitmapContent, BitmapInfo, SnapshotJob};
 use crate::runtime::Runtime;
 
 /// An open virtual disk: a qcow2 image with its backing chain.
@@ -132,10 +133,22 @@ impl Disk {
         blocking(image.change_bitmap(name.as_bytes(), action))
     }
 
+    /// The snapshots of the image.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        blocking(self.engine.chain().top().snapshots())
+    }
+
+    /// Makes, deletes, applies or renames a snapshot, also while the disk is in
+    /// use: requests under way come first, and others wait.
+    pub fn change_snapshots(&self, job: &SnapshotJob) -> Result<()> {
+        blocking(self.engine.chain().top().change_snapshots(job))
+    }
+
     /// Makes the disk `size` bytes long, a multiple of 512. What is new reads
     /// as zeros; what lies behind the new end is lost, except in snapshots.
     ///
-    /// No request may be under way, unless the disk only gets longer.
+    /// Where the disk gets longer, no request may be under way on its last
+    /// cluster.
     pub fn resize(&self, size: u64) -> Result<()> {
         if size < self.size() {
             blocking(self.engine.shrink(size))

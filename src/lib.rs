@@ -95,6 +95,8 @@ pub mod engine;
 pub mod error;
 pub mod offline;
 pub mod qcow2;
+#[doc(hidden)]
+pub mod race;
 pub mod report;
 #[doc(hidden)]
 pub mod rule;

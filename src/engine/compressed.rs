@@ -5,6 +5,7 @@ use crate::block::Payload;
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Change, GuestOffset, Mapping};
+use crate::race::Guard;
 use crate::runtime::Buf;
 
 impl Engine {
@@ -25,15 +26,11 @@ impl Engine {
         data: &[u8],
         level: Option<i32>,
     ) -> Result<()> {
-        let image = self.top();
         self.check_range(offset, data.len() as u64)?;
-        image.check_compressible()?;
-        let before = image.changes();
-        let result = {
-            let writing = self.begin_write(queue, offset, data.len() as u64).await?;
-            self.compress_all(writing.slot, offset, data, level).await
-        };
-        self.settle(before, result).await
+        self.top().check_compressible()?;
+        let writing = self.begin_write(queue, offset, data.len() as u64).await?;
+        let result = self.compress_all(writing.slot, offset, data, level).await;
+        self.settle(writing, result).await
     }
 
     async fn compress_all(
@@ -80,7 +77,10 @@ impl Engine {
         };
         // What the cluster is to show, with zeros past the end of the disk.
         let inside = image.cluster_size().min(self.size() - first.0) as usize;
-        if part.len() < inside && self.is_in_place(first, inside as u64).await? {
+        if part.len() < inside
+            && !Guard::InPlace.is_away()
+            && self.is_in_place(first, inside as u64).await?
+        {
             // Others may be writing to it in place, which takes no lock: what
             // they write beside this part would be lost in the copy.
             drop(range);
@@ -145,19 +145,17 @@ impl Engine {
         }
         image.check_compressible()?;
         let inside = cluster_size.min(self.size() - offset);
-        let before = image.changes();
-        let result = {
-            let writing = self.begin_write(queue, offset, inside).await?;
-            let at = GuestOffset(offset);
-            let number = at.cluster(image.cluster_bits());
-            let _range = loop {
-                if let Some(range) = self.ranges.take_or_wait(number, number + 1).await {
-                    break range;
-                }
-            };
-            self.store_stream(writing.slot, at, stream).await
+        let writing = self.begin_write(queue, offset, inside).await?;
+        let at = GuestOffset(offset);
+        let number = at.cluster(image.cluster_bits());
+        let range = loop {
+            if let Some(range) = self.ranges.take_or_wait(number, number + 1).await {
+                break range;
+            }
         };
-        self.settle(before, result).await
+        let result = self.store_stream(writing.slot, at, stream).await;
+        drop(range);
+        self.settle(writing, result).await
     }
 
     /// The caller holds the cluster's range.

@@ -17,6 +17,7 @@ mod rate;
 mod read;
 mod rebase;
 mod resize;
+mod snapshot;
 mod write;
 mod zero;
 
@@ -24,6 +25,7 @@ use crate::block::{BlockHandler, Limits, Op, Payload, Request};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Image, Presence};
+use crate::race::Guard;
 use crate::rule::Rule;
 use crate::runtime;
 
@@ -35,6 +37,7 @@ use ranges::Ranges;
 pub use rate::Rate;
 pub use rebase::Progress;
 pub use resize::RawDisk;
+pub use snapshot::SnapshotReader;
 
 /// How an engine treats requests.
 #[derive(Clone, Debug)]
@@ -107,53 +110,40 @@ impl Engine {
     /// Reads `payload.len()` bytes at `offset`. `queue` spreads the bookkeeping
     /// over queues; any number will do.
     pub async fn read(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
-        self.check_range(offset, payload.len())?;
         // Lower layers are never written, so one presence covers them all.
-        let _presence = self.top().enter(usize::from(queue));
+        let _presence = self.top().enter(usize::from(queue)).await;
+        self.check_range(offset, payload.len())?;
         self.read_layers(0, offset, payload).await
     }
 
     /// Writes `payload.len()` bytes at `offset`.
     pub async fn write(&self, queue: u16, offset: u64, payload: Payload) -> Result<()> {
-        self.check_range(offset, payload.len())?;
-        let before = self.top().changes();
-        let result = {
-            let writing = self.begin_write(queue, offset, payload.len()).await?;
-            match self.zeros_found(&payload)? {
-                None => self.write_range(writing.slot, offset, payload).await,
-                Some(unmap) => {
-                    let len = payload.len();
-                    self.zero_range(writing.slot, offset, len, unmap).await
-                }
-            }
+        let writing = self.begin_write(queue, offset, payload.len()).await?;
+        let slot = writing.slot;
+        let result = match self.zeros_found(&payload) {
+            Ok(None) => self.write_range(slot, offset, payload).await,
+            Ok(Some(unmap)) => self.zero_range(slot, offset, payload.len(), unmap).await,
+            Err(error) => Err(error),
         };
-        self.settle(before, result).await
+        self.settle(writing, result).await
     }
 
     /// Makes the range read as zeros; with `unmap`, host space may be freed.
     pub async fn write_zeroes(&self, queue: u16, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.check_range(offset, len)?;
-        let before = self.top().changes();
-        let result = {
-            let writing = self.begin_write(queue, offset, len).await?;
-            self.zero_range(writing.slot, offset, len, unmap).await
-        };
-        self.settle(before, result).await
+        let writing = self.begin_write(queue, offset, len).await?;
+        let result = self.zero_range(writing.slot, offset, len, unmap).await;
+        self.settle(writing, result).await
     }
 
     /// Gives up the range's clusters; the parts of clusters at its ends keep
     /// their content.
     pub async fn discard(&self, queue: u16, offset: u64, len: u64) -> Result<()> {
-        self.check_range(offset, len)?;
         if !self.options.discard {
-            return Ok(());
+            return self.check_range(offset, len);
         }
-        let before = self.top().changes();
-        let result = {
-            let writing = self.begin_write(queue, offset, len).await?;
-            self.discard_range(writing.slot, offset, len).await
-        };
-        self.settle(before, result).await
+        let writing = self.begin_write(queue, offset, len).await?;
+        let result = self.discard_range(writing.slot, offset, len).await;
+        self.settle(writing, result).await
     }
 
     /// Makes everything completed before durable.
@@ -181,12 +171,16 @@ impl Engine {
         self.top().close().await
     }
 
-    /// Ends a change that began with `before` changes of the image: it is as
-    /// durable as the image promises, or the failure is looked into.
+    /// Ends a change: it is as durable as the image promises, or the failure is
+    /// looked into.
     #[inline]
-    async fn settle(&self, before: u64, result: Result<()>) -> Result<()> {
+    async fn settle(&self, writing: Writing<'_>, result: Result<()>) -> Result<()> {
         match result {
-            Ok(()) => self.top().acknowledge(before).await,
+            Ok(()) => {
+                let before = writing.before;
+                drop(writing);
+                self.top().acknowledge(before).await
+            }
             Err(error) => {
                 self.top().judge(&error).await;
                 Err(error)
@@ -197,14 +191,21 @@ impl Engine {
     /// Lets a change of `len` bytes from `offset` begin: every change of the
     /// disk that the guest asks for goes through here.
     async fn begin_write(&self, queue: u16, offset: u64, len: u64) -> Result<Writing<'_>> {
+        self.check_range(offset, len)?;
         self.prepare().await?;
         let image = self.top();
         let slot = usize::from(queue);
+        let presence = image.enter(slot).await;
+        // While it waited, the disk may have got smaller.
+        if !Guard::Inside.is_away() {
+            self.check_range(offset, len)?;
+        }
         Ok(Writing {
             image,
             slot,
             range: (offset, len),
-            _presence: image.enter(slot),
+            before: image.changes(),
+            _presence: presence,
         })
     }
 
@@ -227,12 +228,16 @@ struct Writing<'a> {
     image: &'a Image,
     slot: usize,
     range: (u64, u64),
+    /// Changes of the image's mappings when it began.
+    before: u64,
     _presence: Presence<'a>,
 }
 
 impl Drop for Writing<'_> {
     fn drop(&mut self) {
-        self.image.record(self.range.0, self.range.1);
+        if !Guard::Recorded.is_away() {
+            self.image.record(self.range.0, self.range.1);
+        }
     }
 }
 

@@ -33,6 +33,7 @@ impl Engine {
     /// As [`Self::grow`], and the clusters that are wholly new get space.
     pub async fn grow_preallocated(&self, size: u64, space: Preallocation) -> Result<()> {
         let image = self.top();
+        let _turn = image.reshape().await;
         let old = image.size();
         if size < old {
             return Err(
@@ -46,7 +47,7 @@ impl Engine {
         let stored = async {
             self.grow_data_file(slot, old, size, space).await?;
             if !self.reads_zero(0, old, size - old).await? {
-                let _presence = image.enter(slot);
+                let _presence = image.enter(slot).await;
                 self.zero_range(slot, old, size - old, true).await?;
             }
             if image.data_file().is_some() {
@@ -106,9 +107,12 @@ impl Engine {
     /// Makes the disk smaller: what is behind `size`, a multiple of 512, is
     /// lost, here and not in snapshots. The file gets shorter at the close.
     ///
-    /// No request is under way.
+    /// Requests under way come first; others wait, and are refused if they are
+    /// not inside the disk any more.
     pub async fn shrink(&self, size: u64) -> Result<()> {
         let image = self.top();
+        let turn = image.reshape().await;
+        let _quiet = image.quiet(&turn).await;
         if size > image.size() {
             return Err(
                 Error::new(ErrorKind::Usage, "shrinking cannot make a disk larger")

@@ -45,7 +45,14 @@ impl Image {
         answer
     }
 
-    /// True when a flush would have metadata to write.
+    /// Waits for the flush under way, and holds others up until the guard is
+    /// dropped.
+    pub(super) async fn pause_flushes(&self) -> sync::MutexGuard<'_, ()> {
+        self.flushes.turn.lock().await
+    }
+
+    /// True when a flush would have metadata to write. What another one has
+    /// under way does not count.
     pub(crate) fn has_dirty_metadata(&self) -> bool {
         self.l2.has_dirty()
             || self.l1.has_dirty()

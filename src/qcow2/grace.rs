@@ -1,34 +1,64 @@
-//! Grace periods: knowing when no request uses an old mapping any more.
+//! Who is there: requests count themselves in and out, and others wait until
+//! none is left that could do harm. `tests/loom` tries every order.
 //!
 //! A request looks a mapping up and then does I/O on the host cluster it
 //! found. If that cluster is unmapped meanwhile it must not be given to
-//! somebody else before the request is over. Requests therefore count
-//! themselves in under the current generation; what is freed in generation g
-//! may be reused from generation g + 2 on, because the generation advances
-//! only when nobody of the one before is left. `tests/loom` tries every order.
+//! somebody else before the request is over: that is a grace period. Requests
+//! count themselves in under the current generation; what is freed in
+//! generation g may be reused from generation g + 2 on, because the generation
+//! advances only when nobody of the one before is left.
+//!
+//! Where all mappings change at once, the gate is closed: requests that come
+//! wait until it opens, and whoever closed it waits until none is left.
 
 use crate::runtime::primitives::{AtomicU64, Ordering};
+use crate::runtime::sync::WaitList;
+
+/// Beside the generation: the gate is closed.
+const CLOSED: u64 = 1 << 63;
 
 /// One queue's counts, on a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Counts([AtomicU64; 2]);
 
-/// The generations of one image.
+/// The generations of one image, and its gate.
 #[derive(Debug)]
 pub(crate) struct Grace {
     generation: AtomicU64,
     counts: Box<[Counts]>,
+    /// The gate has opened.
+    opened: WaitList,
+    /// The gate is closed, and a request is over.
+    left: WaitList,
 }
 
 /// A request's presence; it ends when dropped.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Presence<'a>(&'a AtomicU64);
+pub(crate) struct Presence<'a> {
+    grace: &'a Grace,
+    count: &'a AtomicU64,
+}
 
 impl Drop for Presence<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
+        self.count.fetch_sub(1, Ordering::SeqCst);
+        if self.grace.is_closed() {
+            self.grace.left.notify_all();
+        }
+    }
+}
+
+/// No request is under way, and none begins until this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Quiet<'a>(&'a Grace);
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        self.0.generation.fetch_sub(CLOSED, Ordering::SeqCst);
+        self.0.opened.notify_all();
     }
 }
 
@@ -38,29 +68,65 @@ impl Grace {
         Self {
             generation: AtomicU64::new(0),
             counts: (0..slots.max(1)).map(|_| Counts::default()).collect(),
+            opened: WaitList::default(),
+            left: WaitList::default(),
         }
     }
 
-    /// Counts a request of queue `slot` in. Mappings looked up while the
-    /// presence lives stay valid.
+    /// Counts a request of queue `slot` in, as soon as the gate is open.
+    /// Mappings looked up while the presence lives stay valid.
     #[inline]
-    pub(crate) fn enter(&self, slot: usize) -> Presence<'_> {
+    pub(crate) async fn enter(&self, slot: usize) -> Presence<'_> {
+        match self.try_enter(slot) {
+            Some(presence) => presence,
+            None => self.opened.wait_until(|| self.try_enter(slot)).await,
+        }
+    }
+
+    /// As [`Self::enter`]; None while the gate is closed.
+    #[inline]
+    fn try_enter(&self, slot: usize) -> Option<Presence<'_>> {
         let counts = &self.counts[slot % self.counts.len()].0;
         loop {
             let generation = self.generation.load(Ordering::SeqCst);
+            if generation & CLOSED != 0 {
+                return None;
+            }
             let count = &counts[generation as usize % 2];
             count.fetch_add(1, Ordering::SeqCst);
-            // Unchanged: whoever advances from here on sees the count.
+            let presence = Presence { grace: self, count };
+            // Unchanged: whoever advances or closes the gate from here on sees
+            // the count.
             if self.generation.load(Ordering::SeqCst) == generation {
-                return Presence(count);
+                return Some(presence);
             }
-            count.fetch_sub(1, Ordering::SeqCst);
         }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.generation.load(Ordering::SeqCst) & CLOSED != 0
+    }
+
+    /// Closes the gate and waits until no request is under way. One at a time
+    /// does that, and not inside of a request.
+    pub(crate) async fn quiet(&self) -> Quiet<'_> {
+        self.generation.fetch_add(CLOSED, Ordering::SeqCst);
+        // Opens the gate again, too, if nobody waits to the end.
+        let quiet = Quiet(self);
+        self.left
+            .wait_until(|| self.is_deserted().then_some(()))
+            .await;
+        quiet
+    }
+
+    fn is_deserted(&self) -> bool {
+        let mut counts = self.counts.iter().flat_map(|counts| &counts.0);
+        counts.all(|count| count.load(Ordering::SeqCst) == 0)
     }
 
     /// The current generation: the tag of what is freed now.
     pub(crate) fn generation(&self) -> u64 {
-        self.generation.load(Ordering::SeqCst)
+        self.generation.load(Ordering::SeqCst) & !CLOSED
     }
 
     /// Advances as far as present requests allow; the current generation.
@@ -78,7 +144,8 @@ impl Grace {
                 break;
             }
             generation += 1;
-            self.generation.store(generation, Ordering::SeqCst);
+            // Added: the gate may be closed or opened meanwhile.
+            self.generation.fetch_add(1, Ordering::SeqCst);
         }
         generation
     }
@@ -91,17 +158,20 @@ impl Grace {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
     use super::*;
 
     #[test]
     fn a_present_request_delays_reuse_and_a_later_one_does_not() {
         let grace = Grace::new(2);
-        let early = grace.enter(0);
+        let early = grace.try_enter(0);
         let tag = grace.generation();
         grace.advance();
         grace.advance();
         assert!(!grace.is_over(tag));
-        let late = grace.enter(1);
+        let late = grace.try_enter(1);
         drop(early);
         grace.advance();
         assert!(grace.is_over(tag), "nobody from before the tag is left");
@@ -114,5 +184,40 @@ mod tests {
         let tag = grace.generation();
         grace.advance();
         assert!(grace.is_over(tag));
+    }
+
+    #[test]
+    fn a_closed_gate_waits_for_those_inside_and_holds_up_others() {
+        let grace = Grace::new(2);
+        let mut context = Context::from_waker(Waker::noop());
+        let early = grace.try_enter(1);
+        let tag = grace.generation();
+        let mut quiet = pin!(grace.quiet());
+        assert!(quiet.as_mut().poll(&mut context).is_pending());
+        assert!(grace.try_enter(0).is_none());
+        let mut late = pin!(grace.enter(0));
+        assert!(late.as_mut().poll(&mut context).is_pending());
+        drop(early);
+        grace.advance();
+        assert!(grace.is_over(tag), "frees come through while it is closed");
+        let Poll::Ready(quiet) = quiet.as_mut().poll(&mut context) else {
+            panic!("nobody is inside");
+        };
+        assert!(late.as_mut().poll(&mut context).is_pending());
+        drop(quiet);
+        assert!(late.as_mut().poll(&mut context).is_ready());
+    }
+
+    #[test]
+    fn who_gives_up_waiting_opens_the_gate_again() {
+        let grace = Grace::new(1);
+        let early = grace.try_enter(0);
+        {
+            let mut quiet = pin!(grace.quiet());
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(quiet.as_mut().poll(&mut context).is_pending());
+        }
+        assert!(grace.try_enter(0).is_some());
+        drop(early);
     }
 }

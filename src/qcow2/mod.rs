@@ -36,6 +36,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::race::Guard;
 use crate::runtime::sync;
 use crate::storage::Storage;
 
@@ -64,9 +65,10 @@ pub use spec::entry::CompressedRange;
 pub use spec::geometry::Geometry;
 pub use spec::header::Header;
 
-pub(crate) use grace::Presence;
+pub(crate) use grace::{Presence, Quiet};
 pub(crate) use lookup::Mapping;
 pub(crate) use map::Change;
+pub(crate) use snapshot::HeldSnapshot;
 
 /// An open qcow2 image. Shared by all queues.
 #[derive(Debug)]
@@ -99,6 +101,11 @@ pub struct Image {
     packer: sync::Mutex<Packer>,
     frees: Frees,
     grace: Grace,
+    /// Held while the disk's size or the snapshots change; outside of the
+    /// gate, and of all other locks.
+    reshaping: sync::Mutex<()>,
+    /// The IDs of snapshots that are being read, once for each reader.
+    held: Mutex<Vec<Vec<u8>>>,
     flushes: Flushes,
     /// Held while an L1 entry gets a new table.
     new_tables: sync::Mutex<()>,
@@ -202,11 +209,26 @@ impl Image {
         self.refblocks.stats()
     }
 
-    /// Counts a request in: mappings it looks up stay valid until the presence
-    /// ends.
+    /// Counts a request in, unless all mappings are being changed, which it
+    /// waits for: those it looks up stay valid until the presence ends.
     #[inline]
-    pub(crate) fn enter(&self, slot: usize) -> Presence<'_> {
-        self.grace.enter(slot)
+    pub(crate) async fn enter(&self, slot: usize) -> Presence<'_> {
+        self.grace.enter(slot).await
+    }
+
+    /// Waits for whoever changes the disk's size or the snapshots: one at a
+    /// time does.
+    pub(crate) async fn reshape(&self) -> sync::MutexGuard<'_, ()> {
+        self.reshaping.lock().await
+    }
+
+    /// Waits until no request is under way and holds up those that come. The
+    /// caller is [reshaping](Self::reshape) the image.
+    pub(crate) async fn quiet(&self, _turn: &sync::MutexGuard<'_, ()>) -> Option<Quiet<'_>> {
+        if Guard::Gate.is_away() {
+            return None;
+        }
+        Some(self.grace.quiet().await)
     }
 
     /// True when so much metadata is dirty that a writer should flush first.

@@ -168,6 +168,8 @@ impl Image {
             packer: sync::Mutex::default(),
             frees: Frees::default(),
             grace: Grace::new(queues),
+            reshaping: sync::Mutex::default(),
+            held: Mutex::default(),
             flushes: super::Flushes::default(),
             new_tables: sync::Mutex::default(),
             metadata: Metadata::new(geometry.cluster_bits, options.overlap_check),

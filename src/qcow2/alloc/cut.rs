@@ -20,15 +20,15 @@ impl Image {
     /// nothing there is counted, and nothing is used.
     pub(super) async fn find_lower_end(&self, alloc: &mut Allocator) -> Result<()> {
         let per_block = alloc.refcounts.per_block();
-        let end = loop {
+        loop {
             alloc.end = None;
             let end = self.find_end(alloc).await?;
             let Some(last) = end.checked_sub(1) else {
-                break end;
+                break;
             };
             let own = HostOffset::of_cluster(last, self.geometry.cluster_bits);
             if last / per_block == 0 || alloc.refcounts.block_of(last)? != Some(own) {
-                break end;
+                break;
             }
             for cluster in last - last % per_block..last {
                 let count = alloc
@@ -36,17 +36,17 @@ impl Image {
                     .get(&self.refblocks, &self.storage, cluster)
                     .await?;
                 if count != 0 {
-                    return self.end_at(alloc, end).await;
+                    return self.end_at(alloc).await;
                 }
             }
             alloc.refcounts.set_block(last / per_block, HostOffset(0));
             self.refblocks.forget(own, self.geometry.cluster_size());
             self.metadata.remove(last);
-        };
-        self.end_at(alloc, end).await
+        }
+        self.end_at(alloc).await
     }
 
-    async fn end_at(&self, alloc: &mut Allocator, end: u64) -> Result<()> {
+    async fn end_at(&self, alloc: &mut Allocator) -> Result<()> {
         if !alloc.refcounts.table_dirty.is_empty() {
             self.write_refcount_table(alloc).await?;
             if !Rule::EntryBeforeCut.is_broken() {

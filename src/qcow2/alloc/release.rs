@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{Allocator, Freed, Image, lock};
 use crate::error::{ErrorKind, Result};
 use crate::qcow2::spec::addr::HostOffset;
+use crate::race::Guard;
 
 impl Image {
     /// Drops the references of what has been unmapped durably and is out of
@@ -18,7 +19,7 @@ impl Image {
             let mut durable = lock(&self.frees.durable);
             let (over, waiting) = std::mem::take(&mut *durable)
                 .into_iter()
-                .partition(|(tag, _)| self.grace.is_over(*tag));
+                .partition(|(tag, _)| self.grace.is_over(*tag) || Guard::Grace.is_away());
             *durable = waiting;
             let over: Vec<(u64, Vec<Freed>)> = over;
             over.into_iter().flat_map(|(_, freed)| freed).collect()
@@ -61,7 +62,9 @@ impl Image {
                 self.l2.forget(offset, len);
             }
             self.metadata.remove_range(run.start, run.end - run.start);
-            self.inflated.forget(offset, len);
+            if !Guard::Inflated.is_away() {
+                self.inflated.forget(offset, len);
+            }
             // Failing to give space back loses nothing.
             let zeroed =
                 self.punch_frees && self.storage.punch(offset.0, len).await.unwrap_or(false);

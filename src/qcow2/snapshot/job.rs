@@ -9,6 +9,7 @@ use crate::qcow2::shadow::{Ready, Shadow, Tree};
 use crate::qcow2::spec::header::Incompatible;
 use crate::qcow2::spec::snapshot::Snapshot;
 use crate::qcow2::spec::{Header, HostOffset};
+use crate::race::Guard;
 use crate::storage::Storage;
 
 /// A snapshot to be made of the active disk.
@@ -104,7 +105,9 @@ impl Work<'_> {
         // The active table has what is counted now; the new one shall have it
         // too.
         active.adjust(&mut self.sh, 1).await?;
-        active.set_copied(&mut self.sh, 2).await?;
+        if !Guard::Copied.is_away() {
+            active.set_copied(&mut self.sh, 2).await?;
+        }
         let bytes = active.encode();
         self.put_active(&active).await?;
         self.snapshots.push(Snapshot {

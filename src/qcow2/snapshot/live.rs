@@ -1,20 +1,45 @@
-//! Snapshots of an open image: what is in memory goes to the file first, and
-//! afterwards the new tables take the place of the old ones.
+//! Snapshots of an open image, beside requests: those under way come first,
+//! others wait. What is in memory goes to the file, and afterwards the new
+//! tables take the place of the old ones.
 
 use std::sync::atomic::Ordering;
 
 use super::job::{NewSnapshot, SnapshotJob};
 use super::table::{self, Selector};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::shadow::{Ready, words};
 use crate::qcow2::spec::header::SIZE_AT;
 use crate::qcow2::spec::snapshot::Snapshot;
 use crate::qcow2::{Image, lock};
-use crate::runtime::Buf;
+use crate::race::Guard;
+use crate::runtime::{Buf, sync};
 
-/// None of these may meet a request: the caller sees to it that none is under
-/// way and that none comes before they return.
+/// A snapshot that is not deleted from the open image as long as this lives.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct HeldSnapshot<'a> {
+    image: &'a Image,
+    id: Vec<u8>,
+}
+
+impl HeldSnapshot<'_> {
+    pub(crate) fn id(&self) -> &[u8] {
+        &self.id
+    }
+}
+
+impl Drop for HeldSnapshot<'_> {
+    fn drop(&mut self) {
+        let mut held = lock(&self.image.held);
+        if let Some(index) = held.iter().position(|id| *id == self.id) {
+            held.swap_remove(index);
+        }
+    }
+}
+
+/// Each of these happens at one moment, between requests: it waits until those
+/// under way are over, and those that come wait for it.
 ///
 /// After an error the image is as it was, in the file and in memory; unless
 /// the storage is latched (see
@@ -23,42 +48,90 @@ use crate::runtime::Buf;
 impl Image {
     /// The snapshots, in the order of their table.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        // Or their table might move meanwhile.
+        let _turn = self.reshape().await;
         let (snapshots, _) = table::read(self.storage(), &self.header()).await?;
         Ok(snapshots)
     }
 
-    /// Makes a snapshot of the active disk.
+    /// Makes a snapshot of the active disk: of what it shows after all requests
+    /// that are over when this is called, and some of those under way.
     pub async fn create_snapshot(&self, new: NewSnapshot) -> Result<()> {
-        self.do_snapshot_job(&SnapshotJob::Create(new)).await
+        self.change_snapshots(&SnapshotJob::Create(new)).await
     }
 
     /// Deletes a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if it is being read through this image.
     pub async fn delete_snapshot(&self, which: Selector) -> Result<()> {
-        self.do_snapshot_job(&SnapshotJob::Delete(which)).await
+        self.change_snapshots(&SnapshotJob::Delete(which)).await
     }
 
-    /// Makes the active disk what it was. Its size may be another afterwards.
+    /// Makes the active disk what it was. Its size may be another afterwards:
+    /// a request that waited and is not inside the disk any more is refused.
     pub async fn apply_snapshot(&self, which: Selector) -> Result<()> {
-        self.do_snapshot_job(&SnapshotJob::Apply(which)).await
+        self.change_snapshots(&SnapshotJob::Apply(which)).await
     }
 
     /// Gives a snapshot another name.
     pub async fn rename_snapshot(&self, which: Selector, name: Vec<u8>) -> Result<()> {
-        self.do_snapshot_job(&SnapshotJob::Rename(which, name))
+        self.change_snapshots(&SnapshotJob::Rename(which, name))
             .await
     }
 
-    async fn do_snapshot_job(&self, job: &SnapshotJob) -> Result<()> {
+    /// Does what is to be done with the snapshots.
+    pub async fn change_snapshots(&self, job: &SnapshotJob) -> Result<()> {
+        self.check_writable()?;
+        let turn = self.reshape().await;
+        let _quiet = self.quiet(&turn).await;
+        // It may have been found corrupt meanwhile.
         self.check_writable()?;
         // The header is exchanged as a whole: nobody else changes it meanwhile.
         let bitmaps = self.bitmaps.state.lock().await;
-        self.settle().await?;
+        self.refuse_held(job).await?;
+        let _no_flush = self.settle().await?;
         let done = self.build_and_switch(job).await;
         match &done {
             Ok(()) => self.note_bitmaps(&bitmaps),
             Err(_) => self.doubt_free_space().await,
         }
         done
+    }
+
+    /// Holds a snapshot, so that it is not deleted; see [`HeldSnapshot`]. Its
+    /// place is where the table says until the caller's turn is over, and what
+    /// it refers to stays as it is until the hold is.
+    pub(crate) async fn hold_snapshot(
+        &self,
+        _turn: &sync::MutexGuard<'_, ()>,
+        which: &Selector,
+    ) -> Result<HeldSnapshot<'_>> {
+        let (snapshots, _) = table::read(self.storage(), &self.header()).await?;
+        let found = which.require(&snapshots).map_err(|e| e.path(self.path()))?;
+        let id = snapshots[found].id.clone();
+        lock(&self.held).push(id.clone());
+        Ok(HeldSnapshot { image: self, id })
+    }
+
+    async fn refuse_held(&self, job: &SnapshotJob) -> Result<()> {
+        let SnapshotJob::Delete(which) = job else {
+            return Ok(());
+        };
+        if lock(&self.held).is_empty() || Guard::Held.is_away() {
+            return Ok(());
+        }
+        let (snapshots, _) = table::read(self.storage(), &self.header()).await?;
+        let found = which.find(&snapshots).map(|index| &snapshots[index]);
+        let held = lock(&self.held);
+        if found.is_some_and(|snapshot| held.contains(&snapshot.id)) {
+            let what = format!("the snapshot {which} is being read");
+            return Err(Error::new(ErrorKind::Busy, what)
+                .path(self.path())
+                .cure("delete it when its readers are done"));
+        }
+        Ok(())
     }
 
     async fn build_and_switch(&self, job: &SnapshotJob) -> Result<()> {
@@ -80,18 +153,28 @@ impl Image {
         Ok(())
     }
 
-    /// Writes everything back, and gives back what is reserved.
-    async fn settle(&self) -> Result<()> {
+    /// Writes everything back, and gives back what is reserved. No flush is
+    /// under way then, nor comes until the guard is dropped.
+    async fn settle(&self) -> Result<sync::MutexGuard<'_, ()>> {
         // As a close does; with no request under way, the second flush finds
         // nothing in use.
         self.flush().await?;
         self.give_back_runs().await?;
         self.flush().await?;
-        if self.has_dirty_metadata() {
+        // Postponed refcounts too: the job works with those of the file.
+        self.end_lazy().await?;
+        for _ in 0..3 {
+            let no_flush = self.pause_flushes().await;
+            if !self.has_dirty_metadata() {
+                return Ok(no_flush);
+            }
+            drop(no_flush);
             self.flush().await?;
         }
-        // Postponed refcounts too: the job works with those of the file.
-        self.end_lazy().await
+        let what = "what has been freed cannot be given back, so that nothing is certain";
+        Err(Error::new(ErrorKind::Io, what)
+            .path(self.path())
+            .cure("close the image, and run `qcow2-ublk check`"))
     }
 
     /// An attempt that failed may have written to any free cluster: none is
@@ -126,7 +209,9 @@ impl Image {
             *alloc = Allocator::new(refcounts);
         }
         self.l1.replace(ready.header.l1_table_offset, l1);
-        self.l2.clear();
+        if !Guard::CachesCleared.is_away() {
+            self.l2.clear();
+        }
         self.refblocks.clear();
         self.inflated.clear();
         self.size

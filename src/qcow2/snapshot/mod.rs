@@ -17,9 +17,9 @@
 //! the image's features: guest data is not touched, encrypted or not.
 //!
 //! On an open [`Image`](super::Image) there are `create_snapshot` and its
-//! kind. Their caller sees to it that no request is under way, not even one
-//! that reads, and that none comes until they return. What is in memory is
-//! flushed before, and read anew after.
+//! kind. They wait until no request is under way, not even one that reads, and
+//! requests that come wait for them. What is in memory is flushed before, and
+//! read anew after.
 
 mod job;
 mod live;
@@ -27,5 +27,6 @@ mod table;
 
 pub(crate) use job::refuse_external;
 pub use job::{NewSnapshot, SnapshotJob};
+pub(crate) use live::HeldSnapshot;
 pub use table::Selector;
 pub(crate) use table::{complete_table, encode as encode_table, read as read_table};

@@ -8,7 +8,7 @@ use loom_models::{Mutant, models, with};
 
 type Model = (&'static str, fn());
 
-const MODELS: [Model; 6] = [
+const MODELS: [Model; 7] = [
     ("no_sleeper_is_forgotten", models::no_sleeper_is_forgotten),
     (
         "no_wake_up_is_lost_on_the_way",
@@ -24,6 +24,10 @@ const MODELS: [Model; 6] = [
         "no_cluster_is_reused_under_a_request",
         models::no_cluster_is_reused_under_a_request,
     ),
+    (
+        "a_closed_gate_excludes_and_opens_again",
+        models::a_closed_gate_excludes_and_opens_again,
+    ),
 ];
 
 /// The variable that makes [`every_order_keeps_the_promises`] run one model
@@ -36,6 +40,7 @@ fn every_order_keeps_the_promises() {
     let (mutant, only) = match one.as_deref().and_then(|one| one.split_once(' ')) {
         Some(("total-order", name)) => (Mutant::NoTotalOrder, Some(name)),
         Some(("store", name)) => (Mutant::StoreForSwap, Some(name)),
+        Some(("one-generation", name)) => (Mutant::OneGeneration, Some(name)),
         _ => (Mutant::None, None),
     };
     for (name, model) in MODELS {
@@ -72,6 +77,8 @@ fn a_weaker_order_is_found() {
         "no_sleeper_is_forgotten",
         "the_lock_excludes_and_passes_on",
         "no_waiter_is_forgotten",
+        "no_cluster_is_reused_under_a_request",
+        "a_closed_gate_excludes_and_opens_again",
     ] {
         assert!(found.contains(&name), "{name} goes unnoticed: {found:?}");
     }
@@ -85,5 +92,13 @@ fn clearing_by_a_store_is_found() {
     assert!(
         found.contains(&"no_wake_up_is_lost_on_the_way"),
         "{found:?}"
+    );
+}
+
+#[test]
+fn reuse_after_one_generation_is_found() {
+    assert_eq!(
+        broken_by("one-generation"),
+        ["no_cluster_is_reused_under_a_request"]
     );
 }

@@ -18,6 +18,8 @@ pub enum Mutant {
     NoTotalOrder,
     /// A flag is cleared with a store where the program swaps.
     StoreForSwap,
+    /// Frees wait for one generation, where the program waits for two.
+    OneGeneration,
 }
 
 thread_local! {
@@ -28,6 +30,11 @@ thread_local! {
 pub fn with(mutant: Mutant, model: fn()) {
     MUTANT.set(mutant);
     model();
+}
+
+/// The mutant that a model runs with.
+pub fn mutant() -> Mutant {
+    MUTANT.get()
 }
 
 pub fn fence(ordering: Ordering) {

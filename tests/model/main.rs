@@ -3,7 +3,14 @@
 //! without io_uring, through the page cache and past it, several tasks at
 //! once, and across reopening.
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod bitmaps;
+mod random;
+mod shape;
+mod task;
+mod trial;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +23,7 @@ use qcow2_ublk::runtime::{Runtime, spawn};
 use qcow2_ublk::storage::CacheMode;
 use qcow2_ublk::storage::sim::Rng;
 use qcow2_ublk::{Disk, chain};
+use task::Task;
 
 const SIZE: u64 = 4 << 20;
 const TASKS: u64 = 3;
@@ -80,63 +88,6 @@ fn assert_same(seen: &[u8], model: &[u8], what: &str) {
     }
 }
 
-/// One task's part of the disk: `model` is what it holds from `start` on.
-struct Task {
-    engine: Arc<Engine>,
-    start: u64,
-    model: Vec<u8>,
-    rng: Rng,
-}
-
-impl Task {
-    async fn work(mut self, operations: u32) -> (u64, Vec<u8>) {
-        let size = self.model.len() as u64;
-        for step in 0..operations {
-            // Mostly sectors, as devices do; sometimes any bytes.
-            let unit = if self.rng.chance(3, 4) { 512 } else { 1 };
-            let at = self.rng.below(size / unit) * unit;
-            let largest = match self.rng.below(6) {
-                0 => size,
-                1..3 => 4096,
-                _ => 128 << 10,
-            };
-            let len = (self.rng.below(largest / unit) * unit + unit).min(size - at);
-            let range = at as usize..(at + len) as usize;
-            let (engine, offset) = (&self.engine, self.start + at);
-            match self.rng.below(12) {
-                0..6 => {
-                    let byte = self.rng.next_u64() as u8 | 1;
-                    self.model[range.clone()].fill(byte);
-                    let fua = self.rng.chance(1, 20);
-                    lab::write(engine, 0, offset, &self.model[range], fua)
-                        .await
-                        .unwrap();
-                }
-                6 => {
-                    self.model[range].fill(0);
-                    let unmap = self.rng.chance(1, 2);
-                    engine.write_zeroes(0, offset, len, unmap).await.unwrap();
-                }
-                7 => {
-                    engine.discard(0, offset, len).await.unwrap();
-                    // A discard promises nothing for parts of clusters.
-                    let now = lab::read(engine, 0, offset, len).await.unwrap();
-                    for (now, before) in now.iter().zip(&mut self.model[range]) {
-                        assert!(*now == 0 || now == before, "step {step}: a discard");
-                        *before = *now;
-                    }
-                }
-                8 => engine.flush().await.unwrap(),
-                _ => {
-                    let seen = lab::read(engine, 0, offset, len).await.unwrap();
-                    assert_same(&seen, &self.model[range], &format!("step {step}"));
-                }
-            }
-        }
-        (self.start, self.model)
-    }
-}
-
 /// Rounds of work by several tasks side by side; between them the disk is
 /// compared as a whole and opened anew. What it holds in the end.
 fn exercise(path: &Path, mut model: Vec<u8>, seed: u64, operations: u32) -> Vec<u8> {
@@ -160,6 +111,9 @@ fn exercise(path: &Path, mut model: Vec<u8>, seed: u64, operations: u32) -> Vec<
                 };
                 let task = Task {
                     engine: Arc::clone(&engine),
+                    queue: 0,
+                    compress: false,
+                    discards: true,
                     start,
                     model: model[start as usize..end as usize].to_vec(),
                     rng: Rng::new(rng.next_u64()),
@@ -169,9 +123,9 @@ fn exercise(path: &Path, mut model: Vec<u8>, seed: u64, operations: u32) -> Vec<
             }
             let mut model = Vec::with_capacity(size as usize);
             for task in tasks {
-                let (start, part) = task.await;
-                assert_eq!(start, model.len() as u64);
-                model.extend(part);
+                let done = task.await;
+                assert_eq!(done.start, model.len() as u64);
+                model.extend(done.model);
             }
             let seen = lab::read(&engine, 0, 0, size).await.unwrap();
             assert_same(&seen, &model, &format!("{way:?}, after round {round}"));

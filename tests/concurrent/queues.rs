@@ -2,13 +2,11 @@
 //! and clusters that are freed while a slow request still uses them (grace
 //! periods, row 24): nobody ever gets somebody else's bytes.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::check::Checked;
-use common::lab::{self, Below, How};
-use common::storm::{Owner, Storm};
+use crate::common::check::Checked;
+use crate::common::lab::{self, Below, How};
+use crate::common::storm::{Owner, Storm};
 use qcow2_ublk::engine::Engine;
 use qcow2_ublk::runtime::{spawn, yield_now};
 use qcow2_ublk::storage::CacheMode;
@@ -205,7 +203,7 @@ async fn zero_first(engine: &Engine) {
 }
 
 #[test]
-fn a_slow_read_never_sees_the_next_owner() {
+pub(crate) fn a_slow_read_never_sees_the_next_owner() {
     lab::watched(60, || {
         for cluster in ["512", "4096", "65536"] {
             let image = filled(cluster, false);
