@@ -12,7 +12,31 @@ use std::path::{Path, PathBuf};
 
 use fuzz::Body;
 use fuzz::common::lab::watched;
+#[cfg(debug_assertions)]
+use qcow2_ublk::rule::Rule;
 use qcow2_ublk::storage::sim::Rng;
+
+/// The rules of order that `operate` is sure to see broken. The others are for
+/// what it does not do (a disk that shrinks, a commit), or for moments that no
+/// input has met: a refcount block, a refcount table or an L1 table that is new.
+#[cfg(debug_assertions)]
+const NOTICED: [Rule; 15] = [
+    Rule::DataBeforeMapping,
+    Rule::CountBeforeMapping,
+    Rule::UnmappingBeforeFree,
+    Rule::UnmappingBeforeReuse,
+    Rule::TableBeforeL1,
+    Rule::StateBeforeSwitch,
+    Rule::ZerosBeforeSize,
+    Rule::MarkBeforeWrite,
+    Rule::BitmapBeforeDirectory,
+    Rule::DirtyBeforeLazy,
+    Rule::CountsBeforeClean,
+    Rule::FlushSyncs,
+    Rule::FlushSyncsData,
+    Rule::FuaFlushes,
+    Rule::BarrierFlushes,
+];
 
 fn folder(kind: &str, target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -101,6 +125,31 @@ fn inputs_made_up_at_random() {
             );
         }
     });
+}
+
+/// What `operate` looks at is enough to see that a rule of order is broken: by
+/// some input that it starts from.
+#[cfg(debug_assertions)]
+#[test]
+fn operate_notices_broken_rules() {
+    let seeds = files(&folder("seeds", "operate"));
+    let inputs: Vec<_> = seeds.iter().map(|file| fs::read(file).unwrap()).collect();
+    let notices = |rule: Rule| {
+        let fails = |input: &Vec<u8>| {
+            // On a thread of its own: a panic leaves an executor half way.
+            let input = input.clone();
+            let work = move || {
+                let _broken = rule.break_here();
+                fuzz::operate::run(&input);
+            };
+            std::thread::spawn(work).join().is_err()
+        };
+        let found = inputs.iter().position(fails);
+        println!("{rule:?}: {:?}", found.map(|n| &seeds[n]));
+        found.is_some()
+    };
+    let missed: Vec<_> = NOTICED.into_iter().filter(|&rule| !notices(rule)).collect();
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
 }
 
 /// The list of the targets, their programs and the manifest say the same.

@@ -112,10 +112,8 @@ impl<'a> View<'a> {
                 }
             }
             L2Entry::Compressed(range) => {
-                // The last sector of it may be cut off by the file's end.
-                let end = (range.offset.0 + range.max_len).min(self.image.len());
-                let len = end.checked_sub(range.offset.0)?;
-                let input = self.image.bytes(range.offset.0, len);
+                // Where the file ends before it does, it goes on with zeros.
+                let input = self.image.bytes(range.offset.0, range.max_len);
                 codec::decompress(self.header.compression_type, &input, &mut bytes).ok()?;
             }
         }
