@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::check::Checked;
 use common::lab;
-use common::{half_random, qemu_img, qemu_io};
+use common::{half_random, qemu_create, qemu_img, qemu_io};
 use qcow2_ublk::ErrorKind;
 use qcow2_ublk::qcow2::amend::Amendment;
 use qcow2_ublk::storage::Storage;
@@ -211,16 +211,7 @@ fn what_version_2_cannot_say_stands_in_the_way() {
         ("compression_type=zstd", "incompatible features"),
         ("refcount_bits=8", "requires refcount_bits=16"),
     ] {
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            options,
-            text(&path),
-            "4M",
-        ]);
+        qemu_create(text(&path), options, "4M");
         refused(why);
     }
     qemu_img(&["create", "-q", "-f", "qcow2", text(&path), "4M"]);
@@ -237,16 +228,7 @@ fn what_version_2_cannot_say_stands_in_the_way() {
 fn old_snapshots_learn_their_size() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "compat=0.10",
-        text(&path),
-        "4M",
-    ]);
+    qemu_create(text(&path), "compat=0.10", "4M");
     qemu_io(&path, &["write -P 1 0 64k"]);
     qemu_img(&["snapshot", "-c", "x", text(&path)]);
     let mut file = std::fs::read(&path).unwrap();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use qcow2_ublk::report;
 use serde_json::Value;
 
-use common::{Reader, half_random, qemu_img, qemu_io, run};
+use common::{Reader, half_random, qemu_create, qemu_img, qemu_io, run};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-ublk");
 
@@ -34,16 +34,7 @@ fn be16(bytes: &[u8], at: u64) -> u64 {
 /// An image with two snapshots and two bitmaps.
 fn full_image(path: &Path) -> Reader {
     let name = path.to_str().unwrap();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "cluster_size=4k",
-        name,
-        "4M",
-    ]);
+    qemu_create(name, "cluster_size=4k", "4M");
     qemu_io(path, &["write 0 1M", "write -z 2M 64k"]);
     qemu_img(&["snapshot", "-c", "one", name]);
     qemu_io(path, &["write 512k 64k"]);
@@ -268,7 +259,7 @@ fn garbage_ends_soon() {
     .iter()
     .enumerate()
     {
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "1G"]);
+        qemu_create(path, options, "1G");
         let good = fs::read(&image).unwrap();
         for round in 0..12 {
             let mut bad = good.clone();
@@ -303,16 +294,7 @@ fn references_multiplied_by_an_enemy() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image.qcow2");
     let path = image.to_str().unwrap();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "cluster_size=512",
-        path,
-        "127G",
-    ]);
+    qemu_create(path, "cluster_size=512", "127G");
     let reader = Reader::open(&image);
     let (l1, entries) = (reader.header.l1_table_offset.0, reader.header.l1_size);
     let file = fs::File::options().write(true).open(&image).unwrap();

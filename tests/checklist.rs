@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use common::{Reader, qemu_img, qemu_io, run};
+use common::{Reader, qemu_create, qemu_img, qemu_io, run};
 use qcow2_ublk::error::ErrorKind;
 use qcow2_ublk::qcow2::ImageOptions;
 use qcow2_ublk::storage::CacheMode;
@@ -30,16 +30,7 @@ fn created(dir: &Path, options: &str, size: &str) -> PathBuf {
     } else {
         options
     };
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        image.to_str().unwrap(),
-        size,
-    ]);
+    qemu_create(&image, options, size);
     image
 }
 

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::storm::{self, Storm};
-use common::{lab, qemu_img};
+use common::{lab, qemu_create};
 use qcow2_ublk::qcow2::ImageOptions;
 use qcow2_ublk::storage::CacheMode;
 use qcow2_ublk::storage::sim::Rng;
@@ -42,7 +42,7 @@ fn options(writable: bool, l2_cache: u64) -> chain::Options {
 
 fn created(path: &Path, options: &str, size: &str) {
     let path = path.to_str().unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, size]);
+    qemu_create(path, options, size);
 }
 
 /// Open descriptors, threads, and bytes of memory in use.

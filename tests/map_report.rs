@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{half_random, qemu_img, qemu_io, run};
+use common::{half_random, qemu_create, qemu_img, qemu_io, run};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-ublk");
 
@@ -74,7 +74,7 @@ fn single_images() {
     {
         let image = dir.path().join(format!("{i}.qcow2"));
         let path = image.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "3500k"]);
+        qemu_create(path, options, "3500k");
         assert_same(&image, &[]);
         if !options.contains("preallocation") {
             // Only clusters that are not allocated can be written compressed.
@@ -112,7 +112,7 @@ fn chains_short_and_long_raw_and_not() {
                 let path = base.to_str().unwrap();
                 let size = len.to_string();
                 let options = "compat=0.10,cluster_size=1k";
-                qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, &size]);
+                qemu_create(path, options, &size);
                 qemu_io(&base, &["write 0 100k", "write 1M 1M", "discard 10k 20k"]);
             }
             None => {}

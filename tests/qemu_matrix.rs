@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{qemu_img, run};
+use common::{qemu_create, qemu_img, run};
 use qcow2_ublk::{Disk, chain};
 
 const SIZE: u64 = 8 << 20;
@@ -198,16 +198,7 @@ fn shapes() -> impl Iterator<Item = &'static Shape> {
 /// A base image with its own content, of another shape than what is above.
 fn base(dir: &Path) -> PathBuf {
     let base = dir.join("base.qcow2");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "cluster_size=16k",
-        name(&base),
-        "7M",
-    ]);
+    qemu_create(name(&base), "cluster_size=16k", "7M");
     common::qemu_io(&base, &["write -P 0xb1 0 2M", "write -P 0xb2 5M 2M"]);
     base
 }
@@ -322,16 +313,7 @@ fn external_data_files() {
                 our_io(&image, FIRST);
                 common::qemu_io(&image, SECOND);
             } else {
-                qemu_img(&[
-                    "create",
-                    "-q",
-                    "-f",
-                    "qcow2",
-                    "-o",
-                    &options,
-                    name(&image),
-                    "8M",
-                ]);
+                qemu_create(name(&image), &options, "8M");
                 common::qemu_io(&image, FIRST);
                 our_io(&image, SECOND);
             }

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Reader, qemu_img, qemu_io, run};
+use common::{Reader, qemu_create, qemu_img, qemu_io, run};
 use qcow2_ublk::qcow2::spec::HostOffset;
 use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapFlags};
 use qcow2_ublk::qcow2::spec::snapshot::Snapshot;
@@ -79,7 +79,7 @@ fn snapshots_get_the_size_that_version_3_requires() {
     let [image, theirs, flat] = ["a", "theirs", "flat"].map(|name| dir.path().join(name));
     let name = text(&image);
     for options in ["cluster_size=64k", "cluster_size=512", "refcount_bits=64"] {
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "4M"]);
+        qemu_create(name, options, "4M");
         qemu_io(&image, &["write -P 1 0 128k"]);
         qemu_img(&["snapshot", "-c", "one", name]);
         qemu_io(&image, &["write -P 2 64k 128k"]);
@@ -137,16 +137,7 @@ fn snapshots_of_version_2_stay_as_they_are() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a");
     let name = text(&image);
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "compat=0.10",
-        name,
-        "4M",
-    ]);
+    qemu_create(name, "compat=0.10", "4M");
     qemu_img(&["snapshot", "-c", "one", name]);
     shorten_extra(&image, 0);
     let before = fs::read(&image).unwrap();

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Reader, half_random, qemu_img, qemu_io, run};
+use common::{Reader, half_random, qemu_create, qemu_img, qemu_io, run};
 use qcow2_ublk::codec::CompressionType;
 use qcow2_ublk::qcow2::spec::bitmap::{Bitmap, BitmapFlags, BitmapTableEntry};
 use qcow2_ublk::qcow2::spec::header::{Compatible, CryptMethod, Incompatible};
@@ -16,7 +16,7 @@ fn create(options: &str, size: &str) -> (tempfile::TempDir, std::path::PathBuf) 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     let name = path.to_str().unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, size]);
+    qemu_create(name, options, size);
     (dir, path)
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use common::lab::qemu_check;
 use common::turns::Turn;
-use common::{Reader, half_random, qemu_img, qemu_io, run};
+use common::{Reader, half_random, qemu_create, qemu_img, qemu_io, run};
 use qcow2_ublk::qcow2::spec::{GuestOffset, HostOffset, L2Entry};
 use qcow2_ublk::storage::sim::Rng;
 use qcow2_ublk::{Disk, chain};
@@ -26,16 +26,7 @@ fn create(folder: &Path, options: &str, size: u64) -> PathBuf {
     let path = folder.join("a.qcow2");
     let options = format!("extended_l2=on{options}");
     let size = size.to_string();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        &options,
-        name(&path),
-        &size,
-    ]);
+    qemu_create(name(&path), &options, &size);
     path
 }
 

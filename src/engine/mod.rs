@@ -175,12 +175,10 @@ impl Engine {
     /// looked into.
     #[inline]
     async fn settle(&self, writing: Writing<'_>, result: Result<()>) -> Result<()> {
+        let before = writing.before;
+        drop(writing);
         match result {
-            Ok(()) => {
-                let before = writing.before;
-                drop(writing);
-                self.top().acknowledge(before).await
-            }
+            Ok(()) => self.top().acknowledge(before).await,
             Err(error) => {
                 self.top().judge(&error).await;
                 Err(error)

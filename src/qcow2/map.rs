@@ -107,9 +107,10 @@ impl Image {
     /// On disk: the table's content, its refcount `|` the L1 entry. The shared
     /// table loses a reference only after that.
     async fn make_l2(&self, slot: usize, index: u64, shared: L1Entry) -> Result<()> {
-        let _turn = match Guard::NewTables.is_away() {
-            true => None,
-            false => Some(self.new_tables.lock().await),
+        let _turn = if Guard::NewTables.is_away() {
+            None
+        } else {
+            Some(self.new_tables.lock().await)
         };
         if L1Entry::decode(self.l1.get(index), &self.geometry).ok() != Some(shared) {
             return Ok(()); // somebody else was here; the caller looks again

@@ -75,9 +75,10 @@ unsafe impl<T: Send> Sync for Mutex<T> {}
 
 impl<T> std::fmt::Debug for Mutex<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self.locked.load(Ordering::Relaxed) {
-            true => "Mutex(locked)",
-            false => "Mutex",
+        f.write_str(if self.locked.load(Ordering::Relaxed) {
+            "Mutex(locked)"
+        } else {
+            "Mutex"
         })
     }
 }

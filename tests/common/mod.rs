@@ -25,6 +25,16 @@ pub fn qemu_img<S: AsRef<OsStr>>(args: &[S]) -> String {
     text
 }
 
+/// Has QEMU make a qcow2 image, with options as for its `-o`.
+pub fn qemu_create(path: impl AsRef<Path>, options: &str, size: &str) {
+    let path = path.as_ref().as_os_str();
+    let mut args: Vec<&OsStr> = ["create", "-q", "-f", "qcow2", "-o", options]
+        .map(OsStr::new)
+        .to_vec();
+    args.extend([path, size.as_ref()]);
+    qemu_img(&args);
+}
+
 /// Runs `qemu-io -f qcow2 -c COMMAND... IMAGE`.
 pub fn qemu_io(image: &Path, commands: &[&str]) -> String {
     let mut args: Vec<&OsStr> = vec!["-f".as_ref(), "qcow2".as_ref()];

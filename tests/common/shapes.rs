@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use qcow2_ublk::qcow2::spec::{HostOffset, L1Entry};
 
-use super::{Reader, half_random, qemu_img, qemu_io};
+use super::{Reader, half_random, qemu_create, qemu_img, qemu_io};
 
 /// A generator of numbers that is the same everywhere.
 pub struct Random(pub u64);
@@ -50,7 +50,7 @@ pub fn images(dir: &Path) -> Vec<(String, PathBuf)> {
     for (name, options) in shapes {
         let image = dir.join(format!("{name}.qcow2"));
         let path = image.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "5000k"]);
+        qemu_create(path, options, "5000k");
         qemu_io(
             &image,
             &[
@@ -96,7 +96,7 @@ pub fn images(dir: &Path) -> Vec<(String, PathBuf)> {
     let image = dir.join("external.qcow2");
     let path = image.to_str().unwrap();
     let options = format!("data_file={path}.raw,cluster_size=4k");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, path, "2M"]);
+    qemu_create(path, &options, "2M");
     qemu_io(&image, &["write 0 64k", "write 1M 64k", "write -z 8k 4k"]);
     images.push(("external".to_owned(), image));
     images

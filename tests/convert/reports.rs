@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::common::lab::qemu_check;
-use super::common::{Reader, qemu_img, qemu_io, run};
+use super::common::{Reader, qemu_create, qemu_img, qemu_io, run};
 use super::{Folder, allocated, assert_same, chain, disk, len, ours, well, write_sparse};
 use qcow2_ublk::qcow2::spec::{GuestOffset, L2Entry};
 
@@ -20,7 +20,7 @@ fn preallocated_images_are_like_those_of_qemu() {
             let (mine, theirs) = (folder.file("mine"), folder.file("theirs"));
             let all = format!("preallocation={mode},{options}");
             well(&["create", "-q", "-o", &all, &mine, "10M"]);
-            qemu_img(&["create", "-q", "-f", "qcow2", "-o", &all, &theirs, "10M"]);
+            qemu_create(&theirs, &all, "10M");
             qemu_check(Path::new(&mine), false);
             assert_same(("qcow2", &mine), ("qcow2", &theirs));
             let entries = |path: &str| {
@@ -135,16 +135,7 @@ fn measures_are_those_of_qemu() {
         }
     }
     let old = folder.file("old");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "compat=0.10",
-        &old,
-        "1M",
-    ]);
+    qemu_create(&old, "compat=0.10", "1M");
     both(&["-O", "qcow2", &old]);
     let raw = folder.file("raw");
     write_sparse(Path::new(&raw), &disk((5 << 20) + 1536, 3));

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::lab::{self, watched};
-use common::{half_random, qemu_img};
+use common::{half_random, qemu_create, qemu_img};
 use qcow2_ublk::block::BlockHandler;
 use qcow2_ublk::engine::{self, Engine};
 use qcow2_ublk::runtime::{Runtime, spawn};
@@ -147,16 +147,7 @@ fn exercise(path: &Path, mut model: Vec<u8>, seed: u64, operations: u32) -> Vec<
 
 fn create(path: &Path, options: &str, size: u64) {
     let size = size.to_string();
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        name(path),
-        &size,
-    ]);
+    qemu_create(name(path), options, &size);
 }
 
 /// Converts `content` to an image beside `path`'s place, which is made.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::common::{self, qemu_img, qemu_io};
+use crate::common::{self, qemu_create, qemu_img, qemu_io};
 use crate::qemu::{Place, our_content, ours, refused, sound, text};
 
 /// Zero clusters, with a host cluster of their own and without, are counted
@@ -117,7 +117,7 @@ fn not_with_a_data_file_nor_over_bitmaps() {
     let path = place.path("d.qcow2");
     let name = text(&path);
     let data = format!("data_file={}", text(&place.path("d.raw")));
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, name, "4M"]);
+    qemu_create(name, &data, "4M");
     let message = refused(&["snapshot", "create", name, "x"]);
     assert!(message.contains("external data file"), "{message}");
 

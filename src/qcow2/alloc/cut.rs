@@ -1,5 +1,7 @@
 //! Making the file as short as it can be, once much of it has become free.
 
+use std::ops::Range;
+
 use super::{Allocator, Image};
 use crate::error::Result;
 use crate::qcow2::spec::addr::HostOffset;
@@ -27,26 +29,18 @@ impl Image {
                 break;
             };
             let own = HostOffset::of_cluster(last, self.geometry.cluster_bits);
-            if last / per_block == 0 || alloc.refcounts.block_of(last)? != Some(own) {
+            if last / per_block == 0
+                || alloc.refcounts.block_of(last)? != Some(own)
+                || self
+                    .is_any_used(alloc, last - last % per_block..last)
+                    .await?
+            {
                 break;
-            }
-            for cluster in last - last % per_block..last {
-                let count = alloc
-                    .refcounts
-                    .get(&self.refblocks, &self.storage, cluster)
-                    .await?;
-                if count != 0 {
-                    return self.end_at(alloc).await;
-                }
             }
             alloc.refcounts.set_block(last / per_block, HostOffset(0));
             self.refblocks.forget(own, self.geometry.cluster_size());
             self.metadata.remove(last);
         }
-        self.end_at(alloc).await
-    }
-
-    async fn end_at(&self, alloc: &mut Allocator) -> Result<()> {
         if !alloc.refcounts.table_dirty.is_empty() {
             self.write_refcount_table(alloc).await?;
             if !Rule::EntryBeforeCut.is_broken() {
@@ -55,5 +49,24 @@ impl Image {
         }
         alloc.length_before = Some(0);
         Ok(())
+    }
+
+    /// True when one of these clusters, which one refcount block counts, is
+    /// used.
+    async fn is_any_used(&self, alloc: &Allocator, clusters: Range<u64>) -> Result<bool> {
+        let per_slice = alloc.refcounts.per_slice(&self.refblocks);
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let end = clusters.end.min(first + per_slice);
+            let counts = alloc
+                .refcounts
+                .counts(&self.refblocks, &self.storage, first)
+                .await?;
+            if counts.is_some_and(|counts| counts.first(first..end, true) < end) {
+                return Ok(true);
+            }
+            first = end;
+        }
+        Ok(false)
     }
 }
