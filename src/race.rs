@@ -28,6 +28,9 @@ pub enum Guard {
     Ranges,
     /// Freed clusters are not reused under requests that may use them.
     Grace,
+    /// Data that is given up in its place is not under a request that may
+    /// still use it.
+    Alone,
     /// One at a time gives an L1 entry its table.
     NewTables,
     /// What is written in place is not compressed meanwhile.
@@ -44,7 +47,7 @@ static AWAY: AtomicU8 = AtomicU8::new(0);
 
 impl Guard {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Gate,
         Self::Inside,
         Self::Copied,
@@ -52,6 +55,7 @@ impl Guard {
         Self::CachesCleared,
         Self::Ranges,
         Self::Grace,
+        Self::Alone,
         Self::NewTables,
         Self::InPlace,
         Self::Inflated,

@@ -1,13 +1,20 @@
 //! Write-zeroes and discard: whole clusters (zeroes: subclusters too) by their
 //! mapping, the rest by writing zeros or not at all.
+//!
+//! Where data is given up and the host cluster stays, the next write fills it
+//! again before that is mapped. A request that found the data before must not
+//! read or write there by then, and there is no grace period for what is not
+//! freed: so the mapping changes only when no other request is under way, and
+//! else the zeros are written.
 
 use std::ops::Range;
 
 use super::Engine;
 use crate::block::Payload;
 use crate::error::Result;
-use crate::qcow2::spec::L2Entry;
+use crate::qcow2::spec::{L2Entry, subcluster};
 use crate::qcow2::{Change, GuestOffset, HostOffset, Mapping};
+use crate::race::Guard;
 
 /// Clusters changed under one range lock: the reach of one L2 slice.
 const STEP: u64 = 512;
@@ -110,9 +117,18 @@ impl Engine {
                 continue;
             }
             let count = extent.len.div_ceil(1 << bits);
-            match self.change_for(extent.mapping, wish) {
+            let mut change = self.change_for(extent.mapping, wish);
+            let mut alone = None;
+            if let Mapping::Data { copied: true, .. } = extent.mapping
+                && change.as_ref().is_some_and(|c| self.keeps_place(c))
+            {
+                alone = image.alone();
+                change = change.filter(|_| alone.is_some());
+            }
+            match change {
                 Some(change) => {
                     image.change(slot, GuestOffset(at), count, change).await?;
+                    drop(alone);
                     if unmap {
                         self.drop_data(at, at + extent.len).await;
                     }
@@ -120,8 +136,7 @@ impl Engine {
                 None => match extent.mapping {
                     // Zeros in place of a cluster that has to stay mapped.
                     Mapping::Data { host, copied: true } => {
-                        image.check_overlap(host, extent.len)?;
-                        self.zero_data(GuestOffset(at), host, count << bits, unmap)
+                        self.zero_in_place(GuestOffset(at), host, count << bits, unmap)
                             .await?;
                     }
                     _ => {
@@ -155,26 +170,73 @@ impl Engine {
             return Ok(at);
         };
         let unmap = !matches!(wish, Wish::Zeros { unmap: false });
-        let change = if range.start <= cluster.start && cluster.end <= range.end {
+        let entry = image.entry_at(first).await?;
+        let geometry = image.geometry();
+        let whole = range.start <= cluster.start && cluster.end <= range.end;
+        let from = if whole { cluster.start } else { at };
+        let mask = geometry.subclusters_touched(0, &(from - first.0..stop - first.0));
+        let mut change = if whole {
             if unmap {
                 Change::Zero
             } else {
                 Change::ZeroKept
             }
-        } else if matches!(image.entry_at(first).await?, L2Entry::Compressed(_)) {
+        } else if matches!(entry, L2Entry::Compressed(_)) {
             drop(lock);
             let zeros = Payload::zeros(stop - at);
             return self.write_range(slot, at, zeros).await.map(|()| stop);
         } else {
-            let parts = at - first.0..stop - first.0;
-            let mask = image.geometry().subclusters_touched(0, &parts);
             Change::ZeroParts { mask, unmap }
         };
+        let mut alone = None;
+        let data = entry.subclusters().allocated() & mask;
+        if let Some(host) = entry.own_host()
+            && data != 0
+            && self.keeps_place(&change)
+        {
+            alone = image.alone();
+            if alone.is_none() {
+                let bits = geometry.subcluster_bits();
+                for run in subcluster::runs(data) {
+                    let (start, end) = (u64::from(run.start) << bits, u64::from(run.end) << bits);
+                    self.zero_in_place(first + start, host + start, end - start, unmap)
+                        .await?;
+                }
+                let mask = mask & !data;
+                change = Change::ZeroParts { mask, unmap };
+            }
+        }
         image.change(slot, first, 1, change).await?;
+        drop(alone);
         if unmap {
             self.drop_data(at, stop).await;
         }
         Ok(stop)
+    }
+
+    /// True when what is data before the change may keep its place without
+    /// being data behind it.
+    fn keeps_place(&self, change: &Change<'_>) -> bool {
+        let in_data_file = self.top().data_file().is_some();
+        let keeps = matches!(change, Change::ZeroKept | Change::ZeroParts { .. });
+        (keeps || in_data_file) && !Guard::Alone.is_away()
+    }
+
+    /// Zeros over data that stays mapped.
+    async fn zero_in_place(
+        &self,
+        guest: GuestOffset,
+        host: HostOffset,
+        len: u64,
+        unmap: bool,
+    ) -> Result<()> {
+        self.top().check_overlap(host, len)?;
+        // A data file ends with the disk, not with the last cluster.
+        let len = match self.top().data_file() {
+            Some(_) => len.min(self.size().saturating_sub(guest.0)),
+            None => len,
+        };
+        self.zero_data(guest, host, len, unmap).await
     }
 
     /// The mapping that fulfils the wish; None where only writing zeros does.

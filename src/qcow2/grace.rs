@@ -9,7 +9,8 @@
 //! advances only when nobody of the one before is left.
 //!
 //! Where all mappings change at once, the gate is closed: requests that come
-//! wait until it opens, and whoever closed it waits until none is left.
+//! wait until it opens, and whoever closed it waits until none is left. A
+//! request that finds itself alone can close it for a moment, too.
 
 use crate::runtime::primitives::{AtomicU64, Ordering};
 use crate::runtime::sync::WaitList;
@@ -50,7 +51,8 @@ impl Drop for Presence<'_> {
     }
 }
 
-/// No request is under way, and none begins until this is dropped.
+/// No request is under way but perhaps the holder's, and none begins until
+/// this is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Quiet<'a>(&'a Grace);
@@ -107,21 +109,38 @@ impl Grace {
         self.generation.load(Ordering::SeqCst) & CLOSED != 0
     }
 
-    /// Closes the gate and waits until no request is under way. One at a time
-    /// does that, and not inside of a request.
+    /// Closes the gate, unless it is.
+    fn close(&self) -> Option<Quiet<'_>> {
+        let before = self.generation.fetch_or(CLOSED, Ordering::SeqCst);
+        (before & CLOSED == 0).then(|| Quiet(self))
+    }
+
+    /// Closes the gate and waits until no request is under way; not inside of
+    /// a request.
     pub(crate) async fn quiet(&self) -> Quiet<'_> {
-        self.generation.fetch_add(CLOSED, Ordering::SeqCst);
         // Opens the gate again, too, if nobody waits to the end.
-        let quiet = Quiet(self);
+        let quiet = self.opened.wait_until(|| self.close()).await;
         self.left
-            .wait_until(|| self.is_deserted().then_some(()))
+            .wait_until(|| (self.present() == 0).then_some(()))
             .await;
         quiet
     }
 
-    fn is_deserted(&self) -> bool {
-        let mut counts = self.counts.iter().flat_map(|counts| &counts.0);
-        counts.all(|count| count.load(Ordering::SeqCst) == 0)
+    /// For a request: closes the gate if it is the only one under way. Who
+    /// gets this does not wait for long: everybody else does, for the gate.
+    pub(crate) fn alone(&self) -> Option<Quiet<'_>> {
+        if self.present() > 1 {
+            return None;
+        }
+        let quiet = self.close()?;
+        // Who came before it was closed is counted by now.
+        (self.present() == 1).then_some(quiet)
+    }
+
+    /// How many requests are under way, or look whether the gate is open.
+    fn present(&self) -> u64 {
+        let counts = self.counts.iter().flat_map(|counts| &counts.0);
+        counts.map(|count| count.load(Ordering::SeqCst)).sum()
     }
 
     /// The current generation: the tag of what is freed now.
@@ -206,6 +225,25 @@ mod tests {
         assert!(late.as_mut().poll(&mut context).is_pending());
         drop(quiet);
         assert!(late.as_mut().poll(&mut context).is_ready());
+    }
+
+    #[test]
+    fn only_the_last_request_is_alone_and_others_wait_for_it() {
+        let grace = Grace::new(2);
+        let mut context = Context::from_waker(Waker::noop());
+        let early = grace.try_enter(0);
+        let own = grace.try_enter(1);
+        assert!(grace.alone().is_none());
+        drop(early);
+        let alone = grace.alone();
+        assert!(alone.is_some() && grace.try_enter(0).is_none());
+        let mut quiet = pin!(grace.quiet());
+        assert!(quiet.as_mut().poll(&mut context).is_pending());
+        drop(alone);
+        assert!(quiet.as_mut().poll(&mut context).is_pending());
+        assert!(grace.alone().is_none(), "somebody else has closed the gate");
+        drop(own);
+        assert!(quiet.as_mut().poll(&mut context).is_ready());
     }
 
     #[test]

@@ -231,6 +231,11 @@ impl Image {
         Some(self.grace.quiet().await)
     }
 
+    /// For a request: holds up those that come, if no other is under way.
+    pub(crate) fn alone(&self) -> Option<Quiet<'_>> {
+        self.grace.alone()
+    }
+
     /// True when so much metadata is dirty that a writer should flush first.
     pub(crate) fn is_crowded(&self) -> bool {
         self.l2.is_crowded() || self.refblocks.is_crowded()

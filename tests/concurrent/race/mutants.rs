@@ -13,6 +13,8 @@ use super::{K4, K64, WORK, race_with};
 
 /// The variable that makes [`without_a_guard`] race without one.
 const WITHOUT: &str = "RACE_WITHOUT";
+/// The exit code of a race that is lost.
+const LOST: i32 = 101;
 /// Within this time a race without a guard has been lost.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -40,8 +42,6 @@ fn work(guard: Guard) -> Work {
             resizes: 15,
             ..WORK
         },
-        // A snapshot's change forgets what was inflated in any case.
-        Guard::Inflated => Work { keepers: 0, ..WORK },
         _ => WORK,
     }
 }
@@ -55,10 +55,17 @@ fn without_a_guard() {
     let guard = Guard::ALL.iter().find(|guard| format!("{guard:?}") == name);
     let guard = *guard.expect("there is such a guard");
     guard.take_away();
-    if guard == Guard::Grace {
+    // Others may wait for who has panicked.
+    std::panic::set_hook(Box::new(|_| std::process::exit(LOST)));
+    match guard {
         // It takes a request that is slower than all others.
-        crate::queues::a_slow_read_never_sees_the_next_owner();
-        return;
+        Guard::Grace => return crate::queues::a_slow_read_never_sees_the_next_owner(),
+        Guard::Alone => {
+            return crate::queues::a_slow_write_does_not_come_back_where_zeros_kept_its_place();
+        }
+        // It takes the same place at the same offset soon.
+        Guard::Inflated => return crate::queues::a_place_used_again_shows_what_is_in_it_now(),
+        _ => {}
     }
     let begin = Instant::now();
     let mut seed = 0;

@@ -68,9 +68,8 @@ impl Shape {
         self.has_snapshots() && !self.bitmap
     }
 
-    /// Not with subclusters: docs/testing/concurrency.md has what is open there.
     pub(crate) fn can_compress(&self) -> bool {
-        !self.luks && !self.data_file && !self.extended
+        !self.luks && !self.data_file
     }
 
     /// What the disk shows at first.

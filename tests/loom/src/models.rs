@@ -8,8 +8,8 @@ use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
 use crate::qcow2::grace::Grace;
-use crate::runtime::primitives::{Mutant, mutant};
 use crate::runtime::inbox::{Inbox, Queued};
+use crate::runtime::primitives::{Mutant, mutant};
 use crate::runtime::sync::{self, WaitList};
 
 /// Tries a model in every order in which threads are interrupted twice at most:
@@ -258,6 +258,36 @@ pub fn a_closed_gate_excludes_and_opens_again() {
         request.join().unwrap();
         flush.join().unwrap();
         drop(block_on(grace.quiet()));
+    });
+}
+
+/// A request that is alone stays so until it has changed what it wants: the
+/// cell stands for mappings that others must not know from before. Both may
+/// try.
+pub fn a_request_that_is_alone_stays_alone() {
+    check(|| {
+        let grace = Arc::new(Grace::new(2));
+        let mappings = Arc::new(UnsafeCell::new(0));
+        let request = |slot| {
+            let (grace, mappings) = (grace.clone(), mappings.clone());
+            move || {
+                let presence = block_on(grace.enter(slot));
+                // SAFETY: loom says so if it changes meanwhile.
+                mappings.with(|value| unsafe { assert!(*value < 3) });
+                if let Some(alone) = grace.alone() {
+                    // SAFETY: as above.
+                    mappings.with_mut(|value| unsafe { *value += 1 });
+                    drop(alone);
+                }
+                drop(presence);
+            }
+        };
+        let other = thread::spawn(request(1));
+        request(0)();
+        other.join().unwrap();
+        let presence = block_on(grace.enter(0));
+        assert!(grace.alone().is_some(), "nobody else is left");
+        drop(presence);
     });
 }
 

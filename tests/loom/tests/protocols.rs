@@ -8,7 +8,7 @@ use loom_models::{Mutant, models, with};
 
 type Model = (&'static str, fn());
 
-const MODELS: [Model; 7] = [
+const MODELS: [Model; 8] = [
     ("no_sleeper_is_forgotten", models::no_sleeper_is_forgotten),
     (
         "no_wake_up_is_lost_on_the_way",
@@ -27,6 +27,10 @@ const MODELS: [Model; 7] = [
     (
         "a_closed_gate_excludes_and_opens_again",
         models::a_closed_gate_excludes_and_opens_again,
+    ),
+    (
+        "a_request_that_is_alone_stays_alone",
+        models::a_request_that_is_alone_stays_alone,
     ),
 ];
 
@@ -79,6 +83,7 @@ fn a_weaker_order_is_found() {
         "no_waiter_is_forgotten",
         "no_cluster_is_reused_under_a_request",
         "a_closed_gate_excludes_and_opens_again",
+        "a_request_that_is_alone_stays_alone",
     ] {
         assert!(found.contains(&name), "{name} goes unnoticed: {found:?}");
     }

@@ -112,4 +112,8 @@ impl AtomicU64 {
     pub fn fetch_sub(&self, value: u64, ordering: Ordering) -> u64 {
         around(ordering, || self.0.fetch_sub(value, Ordering::AcqRel))
     }
+
+    pub fn fetch_or(&self, value: u64, ordering: Ordering) -> u64 {
+        around(ordering, || self.0.fetch_or(value, Ordering::AcqRel))
+    }
 }
