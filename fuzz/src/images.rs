@@ -4,9 +4,9 @@ use qcow2_ublk::Result;
 use qcow2_ublk::chain::Chain;
 use qcow2_ublk::engine::{self, Engine};
 use qcow2_ublk::qcow2::check::{self, CheckReport, Finding, Repair, Repaired};
-use qcow2_ublk::qcow2::{Image, ImageOptions, Selector};
+use qcow2_ublk::qcow2::{Header, Image, ImageOptions, Selector};
 use qcow2_ublk::storage::Storage;
-use qcow2_ublk::storage::sim::SimDisk;
+use qcow2_ublk::storage::sim::{self, SimDisk};
 
 /// The image alone, whatever it names besides; as a program opens it that only
 /// reads.
@@ -32,9 +32,15 @@ async fn open_as(disk: &SimDisk, options: &ImageOptions) -> Result<Engine> {
     ))
 }
 
-/// The same for writing; an image that is marked dirty is repaired.
+/// The same for writing, with an empty data file where the image wants one; an
+/// image that is marked dirty is repaired.
 pub async fn open_to_write(disk: &SimDisk, options: &ImageOptions) -> Result<Engine> {
-    let image = Image::open(Storage::simulated(disk, 1), options).await?;
+    let storage = Storage::simulated(disk, 1);
+    let header = super::view::header_of(&disk.image());
+    let data = header
+        .filter(Header::has_data_file)
+        .map(|_| Storage::simulated(&SimDisk::with_image(sim::Image::from_bytes(&[])), 1));
+    let image = Image::open_with_data(storage, data, options).await?;
     let image = image.repaired(options).await?;
     Ok(Engine::new(
         Chain::new(image, Vec::new()),
