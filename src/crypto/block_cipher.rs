@@ -1,8 +1,13 @@
 //! Block ciphers by name, each behind one interface for many blocks at once.
 //! Knows neither modes nor sectors.
 
-use cipher::array::Array;
-use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
+use std::marker::PhantomData;
+
+use cipher::array::{Array, ArraySize};
+use cipher::{
+    BlockCipherDecBackend, BlockCipherDecClosure, BlockCipherDecrypt, BlockCipherEncBackend,
+    BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, KeyInit,
+};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -87,6 +92,11 @@ pub(super) trait Blocks: Send + Sync {
     fn encrypt(&self, blocks: &mut [u8]);
     /// Decrypts whole blocks, each on its own.
     fn decrypt(&self, blocks: &mut [u8]);
+    /// As [`Self::encrypt`], with as many bytes of `masks` added, modulo 2,
+    /// before and behind the cipher.
+    fn encrypt_masked(&self, blocks: &mut [u8], masks: &[u8]);
+    /// As [`Self::decrypt`], masked in the same way.
+    fn decrypt_masked(&self, blocks: &mut [u8], masks: &[u8]);
 }
 
 impl<C> Blocks for C
@@ -103,5 +113,88 @@ where
         let (blocks, rest) = Array::slice_as_chunks_mut(blocks);
         debug_assert!(rest.is_empty(), "whole blocks");
         self.decrypt_blocks(blocks);
+    }
+
+    fn encrypt_masked(&self, blocks: &mut [u8], masks: &[u8]) {
+        self.encrypt_with_backend(Masked::new(blocks, masks));
+    }
+
+    fn decrypt_masked(&self, blocks: &mut [u8], masks: &[u8]) {
+        self.decrypt_with_backend(Masked::new(blocks, masks));
+    }
+}
+
+/// Masked blocks of `S` bytes on their way through a cipher. What is done here
+/// becomes part of the cipher's own code for the processor at hand.
+struct Masked<'a, S> {
+    blocks: &'a mut [u8],
+    masks: &'a [u8],
+    size: PhantomData<S>,
+}
+
+impl<'a, S: ArraySize> Masked<'a, S> {
+    fn new(blocks: &'a mut [u8], masks: &'a [u8]) -> Self {
+        debug_assert!(blocks.len() == masks.len() && blocks.len().is_multiple_of(S::USIZE));
+        Self {
+            blocks,
+            masks,
+            size: PhantomData,
+        }
+    }
+
+    /// Gives `many` as many blocks at a time as the cipher likes, and `few` the
+    /// rest.
+    #[inline(always)]
+    fn pass<P: ArraySize>(
+        self,
+        mut many: impl FnMut(&mut Array<Array<u8, S>, P>),
+        few: impl FnOnce(&mut [Array<u8, S>]),
+    ) {
+        let mut runs = self.blocks.chunks_exact_mut(P::USIZE * S::USIZE);
+        let mut masks = self.masks.chunks_exact(P::USIZE * S::USIZE);
+        for (run, masks) in runs.by_ref().zip(masks.by_ref()) {
+            xor(run, masks);
+            let (blocks, _) = Array::slice_as_chunks_mut(run);
+            let (blocks, _) = Array::slice_as_chunks_mut(blocks);
+            many(&mut blocks[0]);
+            xor(run, masks);
+        }
+        let (rest, masks) = (runs.into_remainder(), masks.remainder());
+        if !rest.is_empty() {
+            xor(rest, masks);
+            few(Array::slice_as_chunks_mut(rest).0);
+            xor(rest, masks);
+        }
+    }
+}
+
+#[inline(always)]
+fn xor(target: &mut [u8], other: &[u8]) {
+    for (byte, other) in target.iter_mut().zip(other) {
+        *byte ^= other;
+    }
+}
+
+impl<S: ArraySize> BlockSizeUser for Masked<'_, S> {
+    type BlockSize = S;
+}
+
+impl<S: ArraySize> BlockCipherEncClosure for Masked<'_, S> {
+    #[inline(always)]
+    fn call<B: BlockCipherEncBackend<BlockSize = S>>(self, cipher: &B) {
+        self.pass(
+            |blocks| cipher.encrypt_par_blocks_inplace(blocks),
+            |blocks| cipher.encrypt_tail_blocks_inplace(blocks),
+        );
+    }
+}
+
+impl<S: ArraySize> BlockCipherDecClosure for Masked<'_, S> {
+    #[inline(always)]
+    fn call<B: BlockCipherDecBackend<BlockSize = S>>(self, cipher: &B) {
+        self.pass(
+            |blocks| cipher.decrypt_par_blocks_inplace(blocks),
+            |blocks| cipher.decrypt_tail_blocks_inplace(blocks),
+        );
     }
 }

@@ -1,8 +1,11 @@
 //! XTS, CBC and ECB over runs of sectors. The initial vectors come from
 //! [`iv`](super::iv).
 
+use zerocopy::IntoBytes;
+
 use super::block_cipher::{Algorithm, Blocks};
 use super::iv::{Iv, Vector};
+use super::sector::{MAX_SECTOR, MIN_SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Mode of operation of a block cipher.
@@ -41,11 +44,13 @@ impl Mode {
     }
 }
 
-/// Blocks of XTS whose tweaks are kept at hand: those of 512 bytes.
-const RUN: usize = 32;
-const RUN_BYTES: usize = RUN * 16;
-/// Sectors whose first tweaks are made together.
-const BATCH: usize = 8;
+/// Bytes of XTS that go through the cipher together: the largest sector there
+/// is, or several smaller ones. The `aes` crate takes 64 blocks at a time where
+/// the processor has AVX-512, and fewer one by one.
+const RUN_BYTES: usize = MAX_SECTOR;
+const RUN: usize = RUN_BYTES / 16;
+/// Tweaks that do not depend on each other.
+const LANES: usize = 8;
 /// Bytes of CBC decrypted together.
 const CBC_RUN: usize = 512;
 
@@ -119,15 +124,22 @@ impl Keyed {
                 data: cipher,
                 tweak,
             } => {
-                for (nth, batch) in data.chunks_mut(size * BATCH).enumerate() {
-                    let mut tweaks: [Vector; BATCH] = [[0; 16]; BATCH];
-                    let sectors = batch.len() / size;
-                    for (within, vector) in tweaks[..sectors].iter_mut().enumerate() {
-                        *vector = iv.vector(number(nth * BATCH + within));
+                let mut tweaks = [0; RUN];
+                for (nth, run) in data.chunks_mut(RUN_BYTES).enumerate() {
+                    let sectors = run.len() / size;
+                    let mut firsts: [Vector; RUN_BYTES / MIN_SECTOR] = Default::default();
+                    let firsts = &mut firsts[..sectors];
+                    for (within, vector) in firsts.iter_mut().enumerate() {
+                        *vector = iv.vector(number(nth * (RUN_BYTES / size) + within));
                     }
-                    tweak.encrypt(tweaks[..sectors].as_flattened_mut());
-                    for (sector, vector) in batch.chunks_exact_mut(size).zip(&tweaks) {
-                        xts(cipher.as_ref(), direction, *vector, sector);
+                    tweak.encrypt(firsts.as_flattened_mut());
+                    for (tweaks, first) in tweaks.chunks_exact_mut(size / 16).zip(firsts) {
+                        fill_tweaks(tweaks, *first);
+                    }
+                    let masks = &tweaks[..run.len() / 16];
+                    match direction {
+                        Direction::Encrypt => cipher.encrypt_masked(run, masks.as_bytes()),
+                        Direction::Decrypt => cipher.decrypt_masked(run, masks.as_bytes()),
                     }
                 }
             }
@@ -142,28 +154,22 @@ fn blocks(cipher: &dyn Blocks, direction: Direction, data: &mut [u8]) {
     }
 }
 
-/// One sector, whose length is a multiple of [`RUN_BYTES`]. The tweaks of a
-/// run are computed first, so that its blocks go through the cipher together.
-fn xts(cipher: &dyn Blocks, direction: Direction, tweak: Vector, sector: &mut [u8]) {
-    let mut next = u128::from_le_bytes(tweak);
-    let mut tweaks = [0_u128; RUN];
-    for run in sector.chunks_exact_mut(RUN_BYTES) {
-        for tweak in &mut tweaks {
-            *tweak = next;
-            // Times x in GF(2^128).
-            next = (next << 1) ^ (0x87 & (next >> 127).wrapping_neg());
-        }
-        whiten(run, &tweaks);
-        blocks(cipher, direction, run);
-        whiten(run, &tweaks);
+/// The tweaks of a sector's blocks, in the order of bytes in which they are
+/// added: each is the one before times x in GF(2^128).
+fn fill_tweaks(tweaks: &mut [u128], first: Vector) {
+    let mut lanes = [u128::from_le_bytes(first); LANES];
+    for lane in 1..LANES {
+        let before = lanes[lane - 1];
+        lanes[lane] = (before << 1) ^ (0x87 & (before >> 127).wrapping_neg());
     }
-}
-
-#[inline]
-fn whiten(run: &mut [u8], tweaks: &[u128; RUN]) {
-    let (blocks, _) = run.as_chunks_mut::<16>();
-    for (block, tweak) in blocks.iter_mut().zip(tweaks) {
-        *block = (u128::from_ne_bytes(*block) ^ tweak.to_le()).to_ne_bytes();
+    let (groups, _) = tweaks.as_chunks_mut();
+    for group in groups {
+        *group = lanes.map(u128::to_le);
+        for lane in &mut lanes {
+            // Times x^8, modulo x^128 + x^7 + x^2 + x + 1.
+            let over = *lane >> 120;
+            *lane = (*lane << 8) ^ over ^ (over << 1) ^ (over << 2) ^ (over << 7);
+        }
     }
 }
 

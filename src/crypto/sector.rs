@@ -8,6 +8,11 @@ use super::iv::{Iv, IvGenerator};
 use super::mode::{Direction, Keyed, Mode};
 use crate::error::{Error, ErrorKind, Result};
 
+/// The smallest sector that is encrypted as one, in bytes.
+pub(super) const MIN_SECTOR: usize = 512;
+/// The largest one.
+pub(super) const MAX_SECTOR: usize = 4096;
+
 /// The unit in which sectors are counted, whatever their size.
 pub const SECTOR: u64 = 512;
 
@@ -77,13 +82,16 @@ pub struct SectorCipher {
 }
 
 impl SectorCipher {
-    /// A cipher for sectors of `size` bytes, a multiple of 512.
+    /// A cipher for sectors of `size` bytes: a power of two from 512 to 4096.
     ///
     /// # Errors
     ///
     /// `Unsupported` if there is no such cipher with a key of that length.
     pub fn new(spec: CipherSpec, key: &[u8], size: u32) -> Result<Self> {
-        assert!(size > 0 && u64::from(size).is_multiple_of(SECTOR));
+        assert!(
+            size.is_power_of_two() && (MIN_SECTOR..=MAX_SECTOR).contains(&(size as usize)),
+            "sectors of {size} bytes"
+        );
         Ok(Self {
             mode: Keyed::new(spec.algorithm, spec.mode, key)?,
             iv: Iv::new(spec.iv, spec.algorithm, key)?,

@@ -190,16 +190,23 @@ fn locks_keep_qemu_and_us_apart() {
     assert!(qemu(&write_top) && qemu(&write_base), "given up at close");
 
     for (flags, blocks_readers) in [(vec![], true), (vec!["-r"], false)] {
-        let mut other = Command::new("qemu-io")
-            .args(&flags)
-            .args(["-f", "qcow2", name(&path)])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("run qemu-io");
-        // It has the image open when it has its locks.
+        let spawn = || {
+            Command::new("qemu-io")
+                .args(&flags)
+                .args(["-f", "qcow2", name(&path)])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .spawn()
+                .expect("run qemu-io")
+        };
+        let mut other = spawn();
+        // It has the image open when it has its locks. If we have them at that
+        // very moment, it gives up.
         let start = Instant::now();
         while Disk::open(&path, &writable()).is_ok() {
+            if other.try_wait().unwrap().is_some() {
+                other = spawn();
+            }
             assert!(
                 start.elapsed() < Duration::from_secs(20),
                 "QEMU took no locks"
