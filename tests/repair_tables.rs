@@ -131,6 +131,69 @@ fn snapshots_get_the_size_that_version_3_requires() {
     }
 }
 
+/// Makes the extra data of the first snapshot's entry `len` bytes longer.
+fn lengthen_extra(image: &Path, len: usize) {
+    let reader = Reader::open(image);
+    let start = reader.header.snapshots_offset.0 as usize;
+    let mut file = reader.file;
+    let field = start + 36..start + 40;
+    let extra = u32::from_be_bytes(file[field.clone()].try_into().unwrap());
+    file[field].copy_from_slice(&(extra + len as u32).to_be_bytes());
+    let behind = start + 40 + extra as usize;
+    // The table has its cluster alone.
+    file.resize(file.len().max(start + 65536), 0);
+    file.copy_within(behind..start + 65536 - len, behind + len);
+    file[behind..behind + len].fill(0x5a);
+    fs::write(image, file).unwrap();
+}
+
+/// Extra data that is too long for everybody is cut off, as by qemu-img; no
+/// snapshot is lost.
+#[test]
+fn snapshots_lose_the_extra_data_that_nobody_handles() {
+    let dir = tempfile::tempdir().unwrap();
+    let [image, theirs, flat] = ["a", "theirs", "flat"].map(|name| dir.path().join(name));
+    let name = text(&image);
+    for (options, len) in [
+        ("cluster_size=64k", 1001_usize),
+        ("compat=0.10", 5000),
+        ("refcount_bits=1,cluster_size=64k", 40_000),
+    ] {
+        qemu_create(name, options, "4M");
+        // With refcounts of one bit a snapshot shares nothing.
+        qemu_img(&["snapshot", "-c", "one", name]);
+        qemu_io(&image, &["write -P 2 0 64k"]);
+        if !options.contains("refcount_bits") {
+            qemu_img(&["snapshot", "-c", "two", name]);
+        }
+        lengthen_extra(&image, len.next_multiple_of(8));
+        fs::copy(&image, &theirs).unwrap();
+        let bad = fs::read(&image).unwrap();
+        let (code, said) = run(OURS, &["check", name]);
+        assert_eq!(
+            code,
+            run("qemu-img", &["check", name]).0,
+            "{options}: {said}"
+        );
+        assert!(
+            said.contains("snapshot 0 has too much extra data"),
+            "{said}"
+        );
+        let (code, said) = repaired(OURS, "leaks", &image);
+        assert_eq!(code, Some(1), "{options}: {said}");
+        assert!(fs::read(&image).unwrap() == bad, "{options}: leaks alone");
+        let (code, said) = repaired(OURS, "all", &image);
+        assert_eq!(code, Some(0), "{options}: {said}");
+        assert_clean(&image, options);
+        let (code, said) = repaired("qemu-img", "all", &theirs);
+        assert_eq!(code, Some(0), "{options}: {said}");
+        assert_eq!(snapshots(&image), snapshots(&theirs), "{options}");
+        assert_eq!(snapshots(&image)[0].unknown_extra.len(), 1024 - 24);
+        qemu_img(&["convert", "-l", "one", "-O", "raw", name, text(&flat)]);
+        assert!(fs::read(&flat).unwrap().iter().all(|&byte| byte == 0));
+    }
+}
+
 /// Version 2 has no such rule.
 #[test]
 fn snapshots_of_version_2_stay_as_they_are() {

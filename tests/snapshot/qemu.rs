@@ -236,7 +236,7 @@ fn names_of_every_kind() {
 }
 
 #[test]
-fn of_other_sizes() {
+fn row_12_a_snapshot_of_another_size() {
     let place = Place::new();
     let path = place.image("cluster_size=4096");
     let name = text(&path);

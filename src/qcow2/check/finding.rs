@@ -135,6 +135,13 @@ pub enum Problem {
         /// The snapshot's index in the table.
         index: usize,
     },
+    /// A snapshot table entry has more extra data than anybody handles.
+    ExtraSnapshotData {
+        /// The snapshot's index in the table.
+        index: usize,
+        /// How much.
+        bytes: u64,
+    },
     /// An image with an external data file has snapshots, which would be
     /// those of its metadata only.
     SnapshotsWithDataFile {
@@ -263,6 +270,9 @@ impl fmt::Display for Problem {
             }
             Self::IncompleteSnapshot { index } => {
                 write!(f, "snapshot {index} lacks its disk size")
+            }
+            Self::ExtraSnapshotData { index, bytes } => {
+                write!(f, "snapshot {index} has too much extra data: {bytes} bytes")
             }
             Self::SnapshotsWithDataFile { count } => {
                 write!(

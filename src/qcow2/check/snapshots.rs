@@ -4,7 +4,7 @@ use super::{Checker, Part, Problem, Severity};
 use crate::error::{Error, Result};
 use crate::qcow2::spec::addr::HostOffset;
 use crate::qcow2::spec::geometry::MAX_L1_BYTES;
-use crate::qcow2::spec::snapshot::{HEAD_LEN, MAX_TABLE_BYTES, entry_len};
+use crate::qcow2::spec::snapshot::{HEAD_LEN, MAX_EXTRA, MAX_TABLE_BYTES, Parts};
 
 /// What a check needs to know of the snapshots.
 pub(super) struct SnapshotTable {
@@ -36,25 +36,22 @@ impl Checker<'_> {
             }
             let head = &window.1[(at - window.0) as usize..][..HEAD_LEN];
             let here = HostOffset(start.0 + at);
-            let padded = entry_len(head, here).map_err(|e| {
-                Error::corrupt(
-                    format!("cannot read entry {index} of the snapshot table: {e}"),
-                    here.0,
-                )
-            })?;
+            let parts = Parts::parse(head, here)?;
             let number = |from: usize, len: usize| {
                 let bytes = head[from..from + len].iter();
                 bytes.fold(0u64, |n, &byte| n << 8 | u64::from(byte))
             };
             table.l1s.push((number(0, 8), number(8, 4) as u32));
-            let (id, name, extra) = (number(12, 2), number(14, 2), number(36, 4));
-            if self.geometry.version >= 3 && extra < 16 {
+            if self.geometry.version >= 3 && parts.extra < 16 {
                 let problem = Problem::IncompleteSnapshot { index };
                 self.found(Severity::Corruption, 1, problem);
             }
-            let len = HEAD_LEN as u64 + id + name + extra;
-            debug_assert_eq!(len.next_multiple_of(8), padded as u64);
-            at += len;
+            if parts.extra > MAX_EXTRA {
+                let bytes = parts.extra as u64;
+                let problem = Problem::ExtraSnapshotData { index, bytes };
+                self.found(Severity::Error, 1, problem);
+            }
+            at += parts.end() as u64;
             if at > MAX_TABLE_BYTES {
                 return Err(Error::corrupt(
                     format!("the snapshot table is longer than {MAX_TABLE_BYTES} bytes"),

@@ -4,11 +4,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::shadow::Shadow;
 use crate::qcow2::spec::Header;
 use crate::qcow2::spec::header::MAX_SNAPSHOTS;
-use crate::qcow2::spec::snapshot::{MAX_EXTRA, MAX_ID, MAX_NAME, MAX_TABLE_BYTES, Snapshot};
+use crate::qcow2::spec::snapshot::{
+    EXTRA_LEN_AT, HEAD_LEN, MAX_EXTRA, MAX_ID, MAX_NAME, MAX_TABLE_BYTES, Parts, Snapshot,
+};
 use crate::storage::Storage;
 
 /// Longest entry of a table, in bytes.
-const LONGEST: usize = 40 + MAX_EXTRA + 2 * 65536;
+const LONGEST: usize = HEAD_LEN + MAX_EXTRA + 2 * 65536;
 /// Bytes of the table that are read at a time.
 const WINDOW: usize = 1 << 20;
 
@@ -173,11 +175,40 @@ pub(super) fn complete(snapshots: &mut [Snapshot], size: u64) -> bool {
     any
 }
 
-/// Lets all entries of an image's table have what version 3 requires: where
-/// one has not, the table gets a new place.
+/// As [`read`], without the extra data beyond what anybody handles; also tells
+/// whether there was some.
+async fn read_cut(storage: &Storage, header: &Header) -> Result<(Vec<Snapshot>, u64, bool)> {
+    let geometry = header.geometry();
+    let start = header.snapshots_offset;
+    let (mut snapshots, mut cut) = (Vec::new(), false);
+    let mut at = start;
+    for _ in 0..header.nb_snapshots {
+        let mut entry = vec![0; HEAD_LEN];
+        storage.read(at.0, &mut entry).await?;
+        let parts = Parts::parse(&entry, at)?;
+        let kept = parts.extra.min(MAX_EXTRA);
+        cut |= kept < parts.extra;
+        entry[EXTRA_LEN_AT..HEAD_LEN].copy_from_slice(&(kept as u32).to_be_bytes());
+        entry.resize(HEAD_LEN + kept + parts.id + parts.name, 0);
+        let (extra, rest) = entry[HEAD_LEN..].split_at_mut(kept);
+        storage.read(at.0 + HEAD_LEN as u64, extra).await?;
+        let behind = (HEAD_LEN + parts.extra) as u64;
+        storage.read(at.0 + behind, rest).await?;
+        snapshots.push(Snapshot::parse(&entry, at, &geometry)?.0);
+        at += parts.padded() as u64;
+        if at.0 - start.0 > MAX_TABLE_BYTES || at.0 > storage.len().next_multiple_of(8) {
+            return Err(Error::corrupt("the snapshot table is too long", start.0));
+        }
+    }
+    Ok((snapshots, at.0 - start.0, cut))
+}
+
+/// Lets all entries of an image's table have what version 3 requires, and no
+/// more extra data than anybody handles: where one has not, the table gets a
+/// new place.
 pub(crate) async fn complete_table(sh: &mut Shadow<'_>) -> Result<()> {
-    let (mut snapshots, len) = read(sh.storage(), &sh.header).await?;
-    if !complete(&mut snapshots, sh.header.size) {
+    let (mut snapshots, len, cut) = read_cut(sh.storage(), &sh.header).await?;
+    if !complete(&mut snapshots, sh.header.size) && !cut {
         return Ok(());
     }
     let table = encode(&snapshots)?;

@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of an entry before extra data, ID and name.
 pub const HEAD_LEN: usize = 40;
+/// Where the head has the length of the extra data; it ends with that.
+pub(crate) const EXTRA_LEN_AT: usize = 36;
 /// Longest snapshot table in bytes that QEMU reads.
 pub const MAX_TABLE_BYTES: u64 = 64 << 20;
 /// Most extra data of an entry in bytes that QEMU accepts.
@@ -65,40 +67,57 @@ pub struct Snapshot {
 /// `Corrupt` if `head` is shorter (the table is cut off), `Unsupported` if
 /// the entry has more extra data than anybody handles.
 pub fn entry_len(head: &[u8], at: HostOffset) -> Result<usize> {
-    Parts::parse(head, at).map(|parts| pad8(parts.end()))
+    let parts = Parts::parse(head, at)?;
+    parts.check(at)?;
+    Ok(parts.padded())
 }
 
 /// Lengths of the parts of an entry, in bytes.
 #[derive(Clone, Copy)]
-struct Parts {
-    extra: usize,
-    id: usize,
-    name: usize,
+pub(crate) struct Parts {
+    /// May be more than [`MAX_EXTRA`].
+    pub(crate) extra: usize,
+    pub(crate) id: usize,
+    pub(crate) name: usize,
 }
 
 impl Parts {
-    fn parse(head: &[u8], at: HostOffset) -> Result<Self> {
-        let (Some(id), Some(name), Some(extra)) = (be16(head, 12), be16(head, 14), be32(head, 36))
+    /// Of the entry that begins with `head` and lies at `at`.
+    pub(crate) fn parse(head: &[u8], at: HostOffset) -> Result<Self> {
+        let (Some(id), Some(name), Some(extra)) =
+            (be16(head, 12), be16(head, 14), be32(head, EXTRA_LEN_AT))
         else {
             return Err(cut_off(at));
         };
-        let extra = extra as usize;
-        if extra > MAX_EXTRA {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("Too much extra metadata in snapshot table entry: {extra} bytes"),
-            )
-            .at(at.0));
-        }
         Ok(Self {
-            extra,
+            extra: extra as usize,
             id: usize::from(id),
             name: usize::from(name),
         })
     }
 
-    fn end(self) -> usize {
+    /// Refuses more extra data than anybody handles.
+    fn check(self, at: HostOffset) -> Result<()> {
+        let extra = self.extra;
+        if extra <= MAX_EXTRA {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("Too much extra metadata in snapshot table entry: {extra} bytes"),
+        )
+        .at(at.0)
+        .cure("cut it off with `qcow2-ublk check -r all`"))
+    }
+
+    /// Length of the whole entry.
+    pub(crate) fn end(self) -> usize {
         HEAD_LEN + self.extra + self.id + self.name
+    }
+
+    /// From the entry's begin to the next one's.
+    pub(crate) fn padded(self) -> usize {
+        pad8(self.end())
     }
 }
 
@@ -112,7 +131,8 @@ impl Snapshot {
     /// `Unsupported` as [`entry_len`].
     pub fn parse(bytes: &[u8], at: HostOffset, geometry: &Geometry) -> Result<(Self, usize)> {
         let parts = Parts::parse(bytes, at)?;
-        let len = pad8(parts.end());
+        parts.check(at)?;
+        let len = parts.padded();
         // Padding behind the table's last entry may lie behind the file's end.
         let Some(entry) = bytes.get(..parts.end()) else {
             return Err(cut_off(at));

@@ -21,6 +21,8 @@ pub(in crate::qcow2::check) struct Seen {
     pub(in crate::qcow2::check) flags: u64,
     /// How many entries of the snapshot table lack their disk's size.
     pub(in crate::qcow2::check) incomplete_snapshots: u64,
+    /// How many of them have more extra data than anybody handles.
+    pub(in crate::qcow2::check) overlong_snapshots: u64,
     /// More uses than can be counted, or uses that exclude each other.
     pub(in crate::qcow2::check) clash: bool,
     /// Something is where the file is not, and cannot be moved.
@@ -39,6 +41,7 @@ impl Seen {
             Problem::Copied { .. } => self.flags += 1,
             Problem::BadBitmapDirectory { .. } => self.bitmaps = true,
             Problem::IncompleteSnapshot { .. } => self.incomplete_snapshots += 1,
+            Problem::ExtraSnapshotData { .. } => self.overlong_snapshots += 1,
             Problem::SnapshotsWithDataFile { .. } => {}
             Problem::OutsideFile { part, .. } | Problem::BadEntry { table: part, .. } => {
                 match part {

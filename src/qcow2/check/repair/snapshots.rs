@@ -1,5 +1,7 @@
 //! Entries of the snapshot table that lack their disk's size, which version 3
-//! requires: they get the image's, which everybody takes for it anyhow.
+//! requires: they get the image's, which everybody takes for it anyhow. And
+//! those with more extra data than anybody handles: what is too much, and so has
+//! no meaning, is cut off, as QEMU does.
 //!
 //! On disk: a new table with new refcounts beside the old ones `|` one sector
 //! of the header; see [`shadow`](crate::qcow2::shadow). The refcounts are in
@@ -21,9 +23,9 @@ impl Repairer<'_> {
         seen: &Seen,
         report: &CheckReport,
     ) -> Result<bool> {
-        let incomplete = seen.incomplete_snapshots;
-        let other = report.corruptions - incomplete + report.check_errors;
-        if incomplete == 0 || other > 0 || seen.entries {
+        let (incomplete, overlong) = (seen.incomplete_snapshots, seen.overlong_snapshots);
+        let other = report.corruptions - incomplete + report.check_errors - overlong;
+        if incomplete + overlong == 0 || other > 0 || seen.entries {
             return Ok(false);
         }
         let header = match read_header(self.storage).await {
@@ -45,7 +47,7 @@ impl Repairer<'_> {
         let ready = built?;
         ready.publish(self.storage).await?;
         ready.punch_freed(self.storage).await;
-        self.done.corruptions_fixed += incomplete;
+        self.done.corruptions_fixed += incomplete + overlong;
         Ok(true)
     }
 }
