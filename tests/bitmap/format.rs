@@ -93,6 +93,29 @@ fn broken_directories_are_refused_and_not_written() {
     assert_eq!(listed(&path), serde_json::Value::Null);
 }
 
+/// A table has entries, so an empty disk has no bitmaps; one that says it has is
+/// not made worse.
+#[test]
+fn bitmaps_of_an_empty_disk_are_only_removed() {
+    let folder = Folder::new();
+    let path = folder.create("a", "", M);
+    ours_ok(&["--add", name(&path), "b0"]);
+    let mut file = std::fs::read(&path).unwrap();
+    // The disk's size.
+    file[24..32].fill(0);
+    std::fs::write(&path, &file).unwrap();
+    let (code, text) = ours(&["--clear", name(&path), "b0"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("the disk has no bytes"), "{text}");
+    let found = Checked::open(&sim::Image::load(&path).unwrap())
+        .unwrap()
+        .check();
+    assert!(found.corruptions.is_empty(), "{found:?}");
+    ours_ok(&["--remove", name(&path), "b0"]);
+    assert_eq!(listed(&path), serde_json::Value::Null);
+    qemu_check(&path, false);
+}
+
 #[test]
 fn foreign_extra_data_is_kept_and_the_bitmap_left_alone() {
     let folder = Folder::new();

@@ -20,6 +20,9 @@ impl Image {
         for entry in &state.entries {
             super::find_usable(std::slice::from_ref(entry), &entry.disk.name)
                 .map_err(|e| e.path(self.path()))?;
+            if size == 0 {
+                return Err(super::store::no_bytes(&entry.disk).path(self.path()));
+            }
             if !self.fits(entry.disk.granularity_bits, size) {
                 let name = String::from_utf8_lossy(&entry.disk.name);
                 let text = format!(

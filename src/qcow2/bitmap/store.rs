@@ -2,7 +2,7 @@
 //! the header, then the old clusters are freed.
 
 use super::{Entry, State, file};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Image;
 use crate::qcow2::alloc::{Freed, Run};
 use crate::qcow2::lock;
@@ -182,6 +182,9 @@ impl Image {
         let cluster_size = self.cluster_size();
         let granularity_bits = entry.disk.granularity_bits;
         let entries = Bitmap::table_entries_for(granularity_bits, self.size(), &self.geometry);
+        if entries == 0 {
+            return Err(no_bytes(&entry.disk));
+        }
         let mut table = Vec::with_capacity(entries.max(1) as usize * 8);
         let mut cluster = Buf::zeroed(cluster_size as usize);
         for index in 0..entries {
@@ -235,6 +238,16 @@ impl Image {
             table: false,
         });
     }
+}
+
+/// A table has entries, and that of an empty disk would have none.
+pub(super) fn no_bytes(bitmap: &Bitmap) -> Error {
+    let name = String::from_utf8_lossy(&bitmap.name);
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("bitmap '{name}' cannot be stored: the disk has no bytes"),
+    )
+    .cure("remove the bitmap with `qcow2-ublk bitmap --remove`")
 }
 
 /// Whether the bitmap in the file has to be replaced. Where it is marked its
