@@ -22,9 +22,10 @@ enum Slot {
     Ready(Arc<Buf>),
 }
 
-/// The inflated clusters of an image, by the compressed data's offset.
+/// The inflated clusters of an image, by where the compressed data is: all of
+/// it, because an entry that lies about the length must fail each time.
 pub(crate) struct Inflated {
-    slots: Mutex<LruCache<u64, Slot>>,
+    slots: Mutex<LruCache<CompressedRange, Slot>>,
     capacity: usize,
     done: WaitList,
 }
@@ -44,7 +45,7 @@ impl Inflated {
         }
     }
 
-    fn slots(&self) -> MutexGuard<'_, LruCache<u64, Slot>> {
+    fn slots(&self) -> MutexGuard<'_, LruCache<CompressedRange, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -59,13 +60,13 @@ impl Inflated {
         if slots.is_empty() {
             return;
         }
-        let gone: Vec<u64> = slots
+        let gone: Vec<CompressedRange> = slots
             .iter()
-            .map(|(&at, _)| at)
-            .filter(|at| (offset.0..offset.0 + len).contains(at))
+            .map(|(&range, _)| range)
+            .filter(|range| (offset.0..offset.0 + len).contains(&range.offset.0))
             .collect();
-        for at in gone {
-            slots.pop(&at);
+        for range in gone {
+            slots.pop(&range);
         }
     }
 }
@@ -73,14 +74,14 @@ impl Inflated {
 /// Removes the Inflating mark unless it has been replaced.
 struct Mark<'a> {
     inflated: &'a Inflated,
-    at: u64,
+    range: CompressedRange,
 }
 
 impl Drop for Mark<'_> {
     fn drop(&mut self) {
         let mut slots = self.inflated.slots();
-        if let Some(Slot::Inflating) = slots.peek(&self.at) {
-            slots.pop(&self.at);
+        if let Some(Slot::Inflating) = slots.peek(&self.range) {
+            slots.pop(&self.range);
         }
         drop(slots);
         self.inflated.done.notify_all();
@@ -90,17 +91,16 @@ impl Drop for Mark<'_> {
 impl Image {
     /// The whole content of a compressed cluster.
     pub(crate) async fn inflate(&self, range: CompressedRange) -> Result<Arc<Buf>> {
-        let at = range.offset.0;
         let found = self
             .inflated
             .done
             .wait_until(|| {
                 let mut slots = self.inflated.slots();
-                match slots.get(&at) {
+                match slots.get(&range) {
                     Some(Slot::Ready(cluster)) => Some(Some(Arc::clone(cluster))),
                     Some(Slot::Inflating) => None,
                     None => {
-                        slots.put(at, Slot::Inflating);
+                        slots.put(range, Slot::Inflating);
                         Some(None)
                     }
                 }
@@ -111,16 +111,16 @@ impl Image {
         }
         let mark = Mark {
             inflated: &self.inflated,
-            at,
+            range,
         };
         let cluster = Arc::new(self.inflate_now(range).await?);
         {
             let mut slots = self.inflated.slots();
-            slots.put(at, Slot::Ready(Arc::clone(&cluster)));
+            slots.put(range, Slot::Ready(Arc::clone(&cluster)));
             while slots.len() > self.inflated.capacity {
                 // A mark stays; at most a queue depth of them exists.
-                if let Some((at, Slot::Inflating)) = slots.pop_lru() {
-                    slots.put(at, Slot::Inflating);
+                if let Some((range, Slot::Inflating)) = slots.pop_lru() {
+                    slots.put(range, Slot::Inflating);
                     break;
                 }
             }

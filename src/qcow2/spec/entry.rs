@@ -150,7 +150,7 @@ pub(super) fn plain(offset: HostOffset, copied: bool, geometry: &Geometry) -> u6
 /// The data begins at a byte and ends, at the latest, with a sector: how long
 /// it really is only the decompressor learns. What follows it in its last
 /// sector may belong to another compressed cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CompressedRange {
     /// The first byte; not aligned to anything.
     pub offset: HostOffset,
