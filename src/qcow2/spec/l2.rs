@@ -130,7 +130,8 @@ impl L2Entry {
         })
     }
 
-    /// In an extended table bit 0 is reserved: zeros are told by the bitmap.
+    /// In an extended table zeros are told by the bitmap. Bit 0 is to be 0 there,
+    /// and says nothing where it is not, as for QEMU.
     fn decode_extended(raw: RawL2Entry, geometry: &Geometry) -> Result<Self, BadEntry> {
         let bitmap = raw.bitmap;
         let descriptor = without_idle_copied(raw.descriptor, geometry);
@@ -140,6 +141,7 @@ impl L2Entry {
             }
             return compressed(descriptor, geometry).map(Self::Compressed);
         }
+        let descriptor = descriptor & !ZERO;
         let reserved = descriptor & !(COPIED | OFFSET);
         if reserved != 0 {
             return Err(BadEntry::ReservedBits(reserved));

@@ -122,6 +122,12 @@ impl Repairer<'_> {
             left = self.look_again().await?;
         }
         let report = self.done.report;
+        // What was in the way of a bitmap may be gone now.
+        if what == Repair::All && left.bitmaps && !left.blind {
+            self.everything(left, report).await?;
+            left = self.look_again().await?;
+        }
+        let report = self.done.report;
         if what == Repair::All && self.complete_snapshots(&left, &report).await? {
             self.look_again().await?;
         }
