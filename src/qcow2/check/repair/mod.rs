@@ -129,7 +129,13 @@ impl Repairer<'_> {
         }
         let report = self.done.report;
         if what == Repair::All && self.complete_snapshots(&left, &report).await? {
-            self.look_again().await?;
+            let left = self.look_again().await?;
+            let report = self.done.report;
+            // The file has grown to where refcounts had counted nothing real.
+            if report.leaks > 0 {
+                self.everything(left, report).await?;
+                self.look_again().await?;
+            }
         }
         let report = &self.done.report;
         if report.corruptions == 0 && report.check_errors == 0 {
