@@ -6,7 +6,8 @@ use std::collections::HashSet;
 use super::Shadow;
 use crate::error::{Error, Result};
 use crate::qcow2::meta::read_words;
-use crate::qcow2::spec::{HostOffset, L1Entry, L2Entry, RawL2Entry};
+use crate::qcow2::spec::l2::ZERO;
+use crate::qcow2::spec::{BadEntry, HostOffset, L1Entry, L2Entry, RawL2Entry};
 use crate::runtime::Buf;
 
 /// An L1 table in memory, as big as the file says.
@@ -123,15 +124,21 @@ async fn correct_flags(sh: &mut Shadow<'_>, bytes: &mut [u8]) -> Result<bool> {
     for bytes in bytes.chunks_exact_mut(geometry.l2_entry_bytes() as usize) {
         let raw = RawL2Entry::read(bytes, &geometry);
         // What is damaged has been found when it was counted, or is left as
-        // it is.
-        let Ok(entry) = L2Entry::decode(raw, &geometry) else {
-            continue;
+        // it is; but a zero flag in version 2 does not make it no reference.
+        let (entry, zero) = match L2Entry::decode(raw, &geometry) {
+            Err(BadEntry::ZeroFlagInV2) => {
+                let descriptor = raw.descriptor & !ZERO;
+                (L2Entry::decode(descriptor, &geometry), ZERO)
+            }
+            entry => (entry, 0),
         };
+        let Ok(entry) = entry else { continue };
         let Some((host, _)) = entry.host() else {
             continue;
         };
         let copied = sh.count(host).await? == 1;
-        let corrected = entry.with_copied(copied).encode(&geometry);
+        let mut corrected = entry.with_copied(copied).encode(&geometry);
+        corrected.descriptor |= zero;
         if corrected != raw {
             corrected.write(bytes, &geometry);
             changed = true;

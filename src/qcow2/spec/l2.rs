@@ -8,7 +8,7 @@ use super::geometry::Geometry;
 use super::subcluster::{Subcluster, Subclusters};
 
 /// Bit 0 of a standard descriptor: reads as zeros.
-pub(super) const ZERO: u64 = 1;
+pub(crate) const ZERO: u64 = 1;
 
 /// An entry as it is stored, in native numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

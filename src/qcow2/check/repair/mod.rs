@@ -174,7 +174,8 @@ impl Repairer<'_> {
                 let again = Checked::look(self.storage, true).await?;
                 (seen, report) = (again.seen, again.report);
             }
-            if seen.entries {
+            // Entries that led behind the end may lead to a copy by now.
+            if seen.entries || !before.copies.is_empty() {
                 let mut checked = Checked::look(self.storage, true).await?;
                 checked.before = before.clone();
                 let fixed = checked.fix_entries().await?;
