@@ -30,8 +30,12 @@ pub fn run(data: &[u8]) {
         Err(error) => return super::header::is_said_well(&error),
     };
     entries_come_back(&image, &listed);
-    for snapshot in listed.iter().take(4) {
-        shows_what_it_says(&image, snapshot);
+    for (index, snapshot) in listed.iter().take(4).enumerate() {
+        // There may be two of the same name and ID: the first is meant.
+        let alike = |other: &Snapshot| (&other.id, &other.name) == (&snapshot.id, &snapshot.name);
+        if listed.iter().position(alike) == Some(index) {
+            shows_what_it_says(&image, snapshot);
+        }
     }
     jobs(&image, &job);
 }
@@ -83,7 +87,6 @@ fn shows_what_it_says(image: &Image, snapshot: &Snapshot) {
         let Ok(engine) = images::open_snapshot(&disk, which).await else {
             return;
         };
-        // There may be two of the same name and ID: the first is meant.
         if engine.size() != snapshot.disk_size.unwrap_or(view.header.size) & !511 {
             return;
         }

@@ -17,7 +17,7 @@ use qcow2_ublk::Result;
 use qcow2_ublk::engine::Engine;
 use qcow2_ublk::qcow2::Barrier;
 use qcow2_ublk::runtime::spawn;
-use qcow2_ublk::storage::sim::{Fault, SimDisk, crash_images};
+use qcow2_ublk::storage::sim::{Change, Fault, SimDisk, crash_images};
 
 use super::common::check::Checked;
 use super::common::lab::{self, How};
@@ -307,7 +307,14 @@ impl Work {
         self.leaky = true;
         let mut state = self.state.clone();
         state.cut();
+        // What it did not save is in the host's memory, and so in what the next
+        // program reads; nobody is told any more that it is not on the disk.
+        let records = self.disk.history().records;
+        let lost = records
+            .iter()
+            .any(|record| matches!(record.change, Change::FailedSync));
         self.open_again(vec![state], false).await;
+        self.over |= lost;
     }
 
     /// The power fails while `op` is under way, or behind it.
