@@ -166,8 +166,9 @@ impl Work<'_> {
         tree.adjust(&mut self.sh, 1).await?;
         tree.set_copied(&mut self.sh, 1).await?;
         // The snapshot may have been made before the disk grew, or with VM
-        // state past its end; and a disk has to be mapped wholly.
-        let needed = self.sh.geometry().l1_entries_for(size & !511) as usize;
+        // state past its end; and a disk has to be mapped wholly, to its last byte
+        // even where that is no whole sector.
+        let needed = self.sh.geometry().l1_entries_for(size) as usize;
         let entries = tree.l1.len().max(needed);
         tree.l1.resize(entries, 0);
         self.sh.header.size = size;
