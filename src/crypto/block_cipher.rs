@@ -168,8 +168,9 @@ impl<'a, S: ArraySize> Masked<'a, S> {
     }
 }
 
+/// Adds `other` to as many bytes, modulo 2.
 #[inline(always)]
-fn xor(target: &mut [u8], other: &[u8]) {
+pub(super) fn xor(target: &mut [u8], other: &[u8]) {
     for (byte, other) in target.iter_mut().zip(other) {
         *byte ^= other;
     }

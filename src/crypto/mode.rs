@@ -3,7 +3,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::block_cipher::{Algorithm, Blocks};
+use super::block_cipher::{Algorithm, Blocks, xor};
 use super::iv::{Iv, Vector};
 use super::sector::{MAX_SECTOR, MIN_SECTOR};
 use crate::error::{Error, ErrorKind, Result};
@@ -194,11 +194,5 @@ fn cbc(cipher: &dyn Blocks, size: usize, direction: Direction, iv: &Vector, sect
                 previous[..size].copy_from_slice(&sealed[CBC_RUN - size..]);
             }
         }
-    }
-}
-
-fn xor(target: &mut [u8], other: &[u8]) {
-    for (byte, other) in target.iter_mut().zip(other) {
-        *byte ^= other;
     }
 }

@@ -51,16 +51,19 @@ impl Engine {
         host: HostOffset,
         bytes: &[u8],
     ) -> Result<()> {
-        // A data file ends with the disk, not with the last cluster.
-        let bytes = match self.top().data_file() {
-            Some(_) => {
-                let inside = self.size().saturating_sub(guest.0);
-                &bytes[..bytes.len().min(inside as usize)]
-            }
-            None => bytes,
-        };
+        let len = self.stored_len(guest, bytes.len() as u64);
+        let bytes = &bytes[..len as usize];
         self.start_write_data(guest, host, &Payload::of_slice(bytes))
             .await
+    }
+
+    /// How many of `len` bytes from `guest` on are stored: a data file ends with
+    /// the disk, not with the last cluster.
+    fn stored_len(&self, guest: GuestOffset, len: u64) -> u64 {
+        match self.top().data_file() {
+            Some(_) => len.min(self.size().saturating_sub(guest.0)),
+            None => len,
+        }
     }
 
     /// Makes `len` bytes of the disk from `guest` on, which are at `host`,
@@ -73,6 +76,7 @@ impl Engine {
         unmap: bool,
     ) -> Result<()> {
         let storage = self.top().data();
+        let len = self.stored_len(guest, len);
         match self.top().cipher()? {
             None => storage.write_zeroes(host.0, len, unmap).await,
             // A hole would be zeros before decryption, and not behind it.

@@ -231,11 +231,6 @@ impl Engine {
         unmap: bool,
     ) -> Result<()> {
         self.top().check_overlap(host, len)?;
-        // A data file ends with the disk, not with the last cluster.
-        let len = match self.top().data_file() {
-            Some(_) => len.min(self.size().saturating_sub(guest.0)),
-            None => len,
-        };
         self.zero_data(guest, host, len, unmap).await
     }
 
