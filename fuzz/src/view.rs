@@ -154,14 +154,6 @@ impl<'a> View<'a> {
         start.cluster(bits)..=last >> bits
     }
 
-    /// Something else is where the header says that the L1 table is.
-    pub fn l1_is_shared(&self) -> bool {
-        let uses = self.uses();
-        self.l1_clusters()
-            .filter_map(|cluster| uses.get(&cluster))
-            .any(|uses| uses & (TABLE | DATA | AGAIN) != 0)
-    }
-
     /// What each cluster of the file is used for.
     fn uses(&self) -> BTreeMap<u64, u8> {
         let mut uses = BTreeMap::new();
@@ -170,9 +162,7 @@ impl<'a> View<'a> {
             let end = offset.0.saturating_add(len).min(self.image.len() + 1);
             if len > 0 && offset.0 < end {
                 for cluster in offset.cluster(bits)..=(end - 1) >> bits {
-                    let uses: &mut u8 = uses.entry(cluster).or_default();
-                    let again = *uses & what & OTHER != 0;
-                    *uses |= what | if again { AGAIN } else { 0 };
+                    *uses.entry(cluster).or_default() |= what;
                 }
             }
         };
@@ -252,5 +242,3 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const OTHER: u8 = 1;
 const TABLE: u8 = 2;
 const DATA: u8 = 4;
-/// More than one piece of metadata other than L2 tables.
-const AGAIN: u8 = 8;

@@ -55,6 +55,8 @@ pub(super) struct Counts {
     large: HashMap<u64, u64>,
     /// Clusters with uses that exclude each other.
     overlaps: BTreeSet<u64>,
+    /// Those of them with several uses that nothing else may share.
+    knots: BTreeSet<u64>,
     /// Clusters with more uses than can be counted.
     overflows: BTreeSet<u64>,
     max: u64,
@@ -80,6 +82,7 @@ impl Counts {
             len,
             large: HashMap::new(),
             overlaps: BTreeSet::new(),
+            knots: BTreeSet::new(),
             overflows: BTreeSet::new(),
             max,
             budget: MEMORY.saturating_add(allocated) / size_of::<Chunk>() as u64,
@@ -135,6 +138,7 @@ impl Counts {
             Use::Table => &mut chunk.table,
             Use::Data => &mut chunk.data,
         };
+        let again = times > 1 || seen[word] & bit != 0;
         seen[word] |= bit;
         if old == 0 && times == 1 {
             chunk.counts[index] = 1;
@@ -151,6 +155,9 @@ impl Counts {
         self.set(cluster, new);
         if overlap {
             self.overlaps.insert(cluster);
+        }
+        if again && usage == Use::Exclusive {
+            self.knots.insert(cluster);
         }
         if times > new - current {
             self.overflows.insert(cluster);
@@ -187,6 +194,12 @@ impl Counts {
     /// True when the cluster has uses that exclude each other.
     pub(super) fn overlaps(&self, cluster: u64) -> bool {
         self.overlaps.contains(&cluster)
+    }
+
+    /// True when the cluster has several uses that nothing else may share: it
+    /// does not become sound by other uses' leaving it.
+    pub(super) fn is_knot(&self, cluster: u64) -> bool {
+        self.knots.contains(&cluster)
     }
 
     /// True when some cluster's uses exclude each other or are too many.
@@ -292,6 +305,8 @@ mod tests {
             counts.add(3, 1, a);
             counts.add(3, 1, b);
             assert_eq!(counts.overlaps(3), overlap, "{a:?} {b:?}");
+            let knot = a == Exclusive && b == Exclusive;
+            assert_eq!(counts.is_knot(3), knot, "{a:?} {b:?}");
         }
     }
 

@@ -54,6 +54,10 @@ impl Move {
 impl Checked<'_> {
     /// The entries that refer to such clusters. None if there are too many to
     /// be copied.
+    ///
+    /// An L1 table that shares its cluster with what cannot leave it is let
+    /// alone: nobody knows what its entries are, and if they were moved, so they
+    /// would be by every other repair.
     pub(super) async fn clashes(&mut self) -> Result<Option<Moves>> {
         let mut moves = Moves::default();
         if !self.counts.has_clashes() {
@@ -64,7 +68,8 @@ impl Checked<'_> {
         for (offset, len) in [vec![active], self.snapshot_l1s.clone()].concat() {
             self.visit(offset, len, 1, |this, at, entry| {
                 let from = entry & OFFSET;
-                if from != 0 && this.clashes_at(from, size, false) {
+                let ours = !this.counts.is_knot(at >> this.geometry.cluster_bits);
+                if from != 0 && ours && this.clashes_at(from, size, false) {
                     moves.add(
                         at,
                         Move {
@@ -83,7 +88,9 @@ impl Checked<'_> {
             let tables = std::mem::take(&mut self.l2_tables);
             let step = 1 << (self.geometry.l2_entry_bits() - 3);
             for table in &tables.list {
-                if !table.offset.is_multiple_of(size) || table.offset == 0 {
+                let cluster = table.offset >> self.geometry.cluster_bits;
+                let misplaced = !table.offset.is_multiple_of(size) || table.offset == 0;
+                if misplaced || self.counts.must_leave(cluster, false) {
                     continue;
                 }
                 self.visit(table.offset, size, step, |this, at, entry| {
