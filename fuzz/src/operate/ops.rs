@@ -190,9 +190,11 @@ impl Op {
     /// What it may be refused for, though nothing goes wrong.
     pub fn may_be_refused(&self, error: &Error, state: &State) -> bool {
         match self {
-            // Nothing would be recorded.
+            // Nothing would be recorded; or narrow refcounts cannot count another
+            // owner of what only snapshots share, or what a power cut has leaked.
             Self::ApplySnapshot => {
-                error.kind() == ErrorKind::Unsupported && !state.bitmaps.is_empty()
+                let narrow = error.to_string().contains("a refcount does not fit");
+                error.kind() == ErrorKind::Unsupported && (narrow || !state.bitmaps.is_empty())
             }
             Self::Bitmap { name, change } => match (error.kind(), state.bitmaps.find(name)) {
                 (ErrorKind::NotFound, None) => !matches!(change, Change::Add { .. }),
