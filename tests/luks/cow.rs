@@ -8,6 +8,7 @@ use qcow2_ublk::crypto::{Keyring, Secret};
 use qcow2_ublk::qcow2::create::Backing;
 use qcow2_ublk::{Disk, chain};
 
+use super::keys::ours;
 use super::{Lab, PASSPHRASE, content, open, options, read, shows};
 use crate::common;
 
@@ -221,6 +222,49 @@ fn zero_clusters_are_not_decrypted() {
     assert!(now == expected);
     assert!(now == lab.qemu_content(&path));
     lab.qemu_check(&path);
+}
+
+/// Version 2 has no zero clusters. Zeros that hide what is below would have to be
+/// encrypted, and `amend` has no key.
+#[test]
+fn zero_clusters_do_not_become_noise_in_version_2() {
+    let lab = Lab::new();
+    fs::write(lab.path("base.raw"), [0x5a; 256 << 10]).unwrap();
+    let path = lab.create("a.qcow2", |_, options| {
+        options.backing = Some(Backing {
+            file: "base.raw".into(),
+            format: Some("raw".to_owned()),
+        });
+    });
+    let file = path.to_str().unwrap();
+    let amend = ["amend", "-o", "compat=0.10", file];
+    let back = ["amend", "-o", "compat=1.1", file];
+    // Without zero clusters nothing is in the way.
+    assert_eq!(ours(&amend), (Some(0), String::new()));
+    assert_eq!(ours(&back), (Some(0), String::new()));
+    lab.qemu_io(&path, &["write -P 1 0 128k", "write -z 64k 64k"]);
+    let mut expected = content(&path);
+    assert_eq!(
+        expected[64 << 10..192 << 10],
+        [[0; 64 << 10], [0x5a; 64 << 10]].concat()
+    );
+    let before = fs::read(&path).unwrap();
+    let (code, text) = ours(&amend);
+    assert!(code == Some(1) && text.contains("zero clusters"), "{text}");
+    assert!(text.contains("rebase -b ''"), "{text}");
+    assert!(fs::read(&path).unwrap() == before);
+    // As it advises.
+    let key = lab.key.to_str().unwrap();
+    let (code, text) = ours(&["rebase", "--key-file", key, "-b", "", file]);
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(ours(&amend), (Some(0), String::new()));
+    assert!(content(&path) == expected);
+    assert!(lab.qemu_content(&path) == expected);
+    lab.qemu_check(&path);
+    // And what is written there is the disk's.
+    lab.qemu_io(&path, &["write -P 2 100k 1k"]);
+    expected[100 << 10..101 << 10].fill(2);
+    assert!(content(&path) == expected);
 }
 
 /// QEMU can be made to write compressed clusters into an encrypted image: they

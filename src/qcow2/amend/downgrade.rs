@@ -1,6 +1,7 @@
 //! Version 3 to version 2: what only version 3 can say has to go first, zero
 //! clusters above all. In version 2 a cluster reads as zeros when nothing is
-//! mapped and nothing is below, or when zeros are stored.
+//! mapped and nothing is below, or when zeros are stored: encrypted ones, on an
+//! encrypted disk, for which there is no key here.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::open::read_header;
 use crate::qcow2::shadow::{Shadow, Tree, damaged, read_l2};
 use crate::qcow2::snapshot;
-use crate::qcow2::spec::header::{Autoclear, Compatible, Extension, Incompatible};
+use crate::qcow2::spec::header::{Autoclear, Compatible, CryptMethod, Extension, Incompatible};
 use crate::qcow2::spec::{Header, HostOffset, L1Entry, L2Entry, RawL2Entry};
 use crate::runtime::Buf;
 use crate::storage::Storage;
@@ -82,7 +83,11 @@ async fn build(storage: &Storage, header: Header) -> Result<crate::qcow2::shadow
         )
         .cure("delete snapshots, or convert the image"));
     }
-    let backed = header.backing_file.is_some();
+    let instead = match (&header.backing_file, header.crypt_method) {
+        (None, _) => Instead::Nothing,
+        (Some(_), CryptMethod::None) => Instead::Zeros,
+        (Some(_), _) => Instead::Refusal,
+    };
     let mut sh = Shadow::begin(storage, header).await?;
 
     // The active tree first.
@@ -95,7 +100,7 @@ async fn build(storage: &Storage, header: Header) -> Result<crate::qcow2::shadow
         sh.free(snapshot.l1_table_offset, snapshot.l1_bytes())
             .await?;
     }
-    without_zero_flags(&mut sh, &mut trees, backed).await?;
+    without_zero_flags(&mut sh, &mut trees, instead).await?;
     sh.header.l1_table_offset = sh.write_table(&trees[0].encode()).await?;
     for (snapshot, tree) in snapshots.iter_mut().zip(&trees[1..]) {
         snapshot.l1_table_offset = sh.write_table(&tree.encode()).await?;
@@ -107,8 +112,24 @@ async fn build(storage: &Storage, header: Header) -> Result<crate::qcow2::shadow
     sh.finish().await
 }
 
+/// What there is to be instead of a zero flag.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Instead {
+    /// No mapping.
+    Nothing,
+    /// Stored zeros, for what is below must not show.
+    Zeros,
+    /// They would have to be encrypted. (QEMU 10.0 stores plain ones, which
+    /// then read as noise.)
+    Refusal,
+}
+
 /// Replaces every L2 table that has zero flags.
-async fn without_zero_flags(sh: &mut Shadow<'_>, trees: &mut [Tree], backed: bool) -> Result<()> {
+async fn without_zero_flags(
+    sh: &mut Shadow<'_>,
+    trees: &mut [Tree],
+    instead: Instead,
+) -> Result<()> {
     // Snapshots share tables: each is replaced once, wherever it is.
     let mut uses: BTreeMap<HostOffset, Vec<(usize, usize)>> = BTreeMap::new();
     for (number, tree) in trees.iter().enumerate() {
@@ -121,7 +142,7 @@ async fn without_zero_flags(sh: &mut Shadow<'_>, trees: &mut [Tree], backed: boo
         // No more than there are snapshots.
         let references = places.len() as i64;
         let mut bytes = read_l2(sh, table).await?;
-        if !replace_zeros(sh, table, &mut bytes, references, backed).await? {
+        if !replace_zeros(sh, table, &mut bytes, references, instead).await? {
             continue;
         }
         let new = sh.write_table(&bytes).await?;
@@ -149,7 +170,7 @@ async fn replace_zeros(
     table: HostOffset,
     bytes: &mut Buf,
     references: i64,
-    backed: bool,
+    instead: Instead,
 ) -> Result<bool> {
     let geometry = sh.geometry();
     let cluster_size = geometry.cluster_size() as usize;
@@ -167,21 +188,30 @@ async fn replace_zeros(
             }
             _ => continue,
         }
-        let new = if backed {
-            // What is below must not show.
-            let zeros = Buf::zeroed(cluster_size);
-            let host = sh.write_table(&zeros).await?;
-            if references > 1 {
-                sh.adjust(host.cluster(geometry.cluster_bits), references - 1)
-                    .await?;
+        let new = match instead {
+            Instead::Nothing => L2Entry::Unallocated,
+            Instead::Zeros => {
+                let host = sh.write_table(&Buf::zeroed(cluster_size)).await?;
+                if references > 1 {
+                    sh.adjust(host.cluster(geometry.cluster_bits), references - 1)
+                        .await?;
+                }
+                let copied = references == 1;
+                L2Entry::Data { host, copied }
             }
-            let copied = references == 1;
-            L2Entry::Data { host, copied }
-        } else {
-            L2Entry::Unallocated
+            Instead::Refusal => return Err(needs_key()),
         };
         new.encode(&geometry).write(bytes, &geometry);
         changed = true;
     }
     Ok(changed)
+}
+
+fn needs_key() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "Version 2 has no zero clusters: an encrypted image over a backing file that has some \
+         cannot be amended to it",
+    )
+    .cure("take it off its backing file first, with `qcow2-ublk rebase -b ''`")
 }
