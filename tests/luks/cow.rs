@@ -5,7 +5,8 @@ use std::fs;
 use std::sync::Arc;
 
 use qcow2_ublk::crypto::{Keyring, Secret};
-use qcow2_ublk::qcow2::create::Backing;
+use qcow2_ublk::qcow2::create::{Backing, CreateOptions};
+use qcow2_ublk::storage::sim::Image;
 use qcow2_ublk::{Disk, chain};
 
 use super::keys::ours;
@@ -265,6 +266,35 @@ fn zero_clusters_do_not_become_noise_in_version_2() {
     lab.qemu_io(&path, &["write -P 2 100k 1k"]);
     expected[100 << 10..101 << 10].fill(2);
     assert!(content(&path) == expected);
+}
+
+/// Data is not moved by a repair that has no key: what it would show at another
+/// place is noise.
+#[test]
+fn a_repair_does_not_turn_data_into_noise() {
+    let lab = Lab::new();
+    // Two L1 entries, of 512 MiB each.
+    let path = lab.create("a.qcow2", |_, options| {
+        *options = CreateOptions::new(1 << 30);
+    });
+    lab.qemu_io(&path, &["write -P 0x5a 64k 64k"]);
+    let mut image = Image::load(&path).unwrap();
+    let be64 = |image: &Image, at: u64| {
+        u64::from_be_bytes(image.bytes(at, 8).try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+    };
+    let l1 = be64(&image, 40);
+    let data = be64(&image, be64(&image, l1) + 8);
+    // The second L2 table is said to be where the data is.
+    image.write(l1 + 8, &data.to_be_bytes());
+    image.save(&path).unwrap();
+    let file = path.to_str().unwrap();
+    for _ in 0..2 {
+        let (code, text) = ours(&["check", "-r", "all", file]);
+        let disk = open(&path, false);
+        assert!(read(&disk, 64 << 10, 64 << 10) == [0x5a; 64 << 10], "noise");
+        // It says that not all is well.
+        assert_eq!(code, Some(2), "{text}");
+    }
 }
 
 /// QEMU can be made to write compressed clusters into an encrypted image: they

@@ -23,7 +23,8 @@
 //!
 //! Where references may be out of sight (a table that cannot be read, a
 //! snapshot whose L1 table is nowhere), nothing is changed at all: what looks
-//! unused may be in use.
+//! unused may be in use. And data that LUKS encrypts is not moved: it can be
+//! read at its place only, and there is no key here.
 
 mod bitmaps;
 mod entries;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use super::super::tables::{COMPRESSED, COPIED, OFFSET, PIECE};
 use super::Checked;
 use crate::error::Result;
+use crate::qcow2::spec::header::CryptMethod;
 use crate::runtime::Buf;
 
 /// Bytes that are copied at most: an enemy's image may refer to one cluster
@@ -85,6 +86,10 @@ impl Checked<'_> {
         }
         // Tables first: the copies are looked into the next time.
         if moves.0.is_empty() && !self.external {
+            // What LUKS encrypts depends on its place in the file: elsewhere it
+            // would be noise. So such data stays, and the clash with it. What is
+            // compressed is not encrypted.
+            let luks = self.header.crypt_method == CryptMethod::Luks;
             let tables = std::mem::take(&mut self.l2_tables);
             let step = 1 << (self.geometry.l2_entry_bits() - 3);
             for table in &tables.list {
@@ -95,7 +100,8 @@ impl Checked<'_> {
                 }
                 self.visit(table.offset, size, step, |this, at, entry| {
                     let (from, len) = this.extent_of(entry);
-                    if from != 0 && this.clashes_at(from, len, true) {
+                    let fixed = luks && entry & COMPRESSED == 0;
+                    if from != 0 && !fixed && this.clashes_at(from, len, true) {
                         moves.add(
                             at,
                             Move {
