@@ -43,8 +43,8 @@ use crate::storage::Storage;
 
 pub(super) use seen::Seen;
 
-/// How often clusters are told apart: a copied table may have to be looked
-/// into again.
+/// How often clusters are told apart, and entries put right each time: a copied
+/// table may have to be looked into again.
 const ROUNDS: u32 = 6;
 
 /// What a repair may change.
@@ -175,17 +175,24 @@ impl Repairer<'_> {
                 let again = Checked::look(self.storage, true).await?;
                 (seen, report) = (again.seen, again.report);
             }
-            // Entries that led behind the end may lead to a copy by now.
-            if seen.entries || !before.copies.is_empty() {
+            // Entries that led behind the end may lead to a copy by now; and those
+            // that are put right may have been what kept others from it.
+            let mut again = seen.entries || !before.copies.is_empty();
+            for _ in 0..ROUNDS {
+                if !again {
+                    break;
+                }
                 let mut checked = Checked::look(self.storage, true).await?;
                 checked.before = before.clone();
                 let fixed = checked.fix_entries().await?;
                 self.storage.sync().await?;
-                if fixed > 0 {
-                    self.done.corruptions_fixed += fixed;
-                    let again = Checked::look(self.storage, true).await?;
-                    (seen, report) = (again.seen, again.report);
+                if fixed == 0 {
+                    break;
                 }
+                self.done.corruptions_fixed += fixed;
+                let now = Checked::look(self.storage, true).await?;
+                (seen, report) = (now.seen, now.report);
+                again = seen.entries;
             }
             if seen.blind {
                 return Ok(());
