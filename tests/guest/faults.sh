@@ -6,6 +6,8 @@
 
 # Makes /dev/mapper/bad, a disk of 128 MiB that is well so far.
 make_disk() {
+    # A case that failed leaves its own.
+    dmsetup remove --force bad 2>/dev/null || true
     truncate -s 128M disk
     below=$(losetup -f --show disk)
     sectors=$(blockdev --getsz "$below")
@@ -36,7 +38,7 @@ broken_from() {
 
 # Where in the file the image has the cluster at a guest offset.
 host_offset() {
-    qcow2-ublk map "$1" | tail -n +2 | while read -r offset length mapped _; do
+    qcow2-ublk map --force-share "$1" | tail -n +2 | while read -r offset length mapped _; do
         if (($2 >= offset && $2 < offset + length)); then
             echo $((mapped + $2 - offset))
         fi
@@ -122,19 +124,22 @@ away_for_a_while() {
     remove_disk
 }
 
-# A flush fails: it is told, and from then on every flush and write fails, even
-# when the disk is well again; reads go on; the end says so. Opened again, the
-# image has what was flushed.
-failed_flush() {
+# The disk fails to sync: the flush is told, and from then on every flush and
+# write fails, even when the disk is well again; reads go on; the end says so.
+# Opened again, the image has what was flushed.
+failed_sync() {
     local device status=0
     make_disk
     dd if=/dev/urandom of=data bs=1M count=8 status=none
     qcow2-ublk create /dev/mapper/bad 64M
     device=$(qcow2-ublk add "$@" /dev/mapper/bad)
-    put if=data bs=1M conv=fsync
+    put if=data bs=1M
+    put if=data bs=1M seek=16 count=1 conv=fsync
     modprobe dm-flakey
     table "0 $sectors flakey $below 0 0 1 1 error_writes"
-    # Of the page cache nobody knows yet; a direct write fails by itself.
+    # In place, so that the flush has no metadata to write: that fails in
+    # another way. Of the page cache nobody knows yet; a direct write fails by
+    # itself.
     put if=data bs=1M seek=16 count=1 || says 'Input/output error'
     fails sync "$device"
     well
@@ -152,6 +157,34 @@ failed_flush() {
     leaks_at_most /dev/mapper/bad
     qemu-img convert -f qcow2 -O raw /dev/mapper/bad all
     cmp -n $((8 << 20)) -i $((16 << 20)):0 all data
+    remove_disk
+}
+
+# The disk does not take the metadata: the flush is told. Nothing was synced, so
+# nothing is lost: when the disk is well, the next flush writes all of it.
+failed_metadata() {
+    local device at
+    make_disk
+    dd if=/dev/urandom of=data bs=1M count=16 status=none
+    qcow2-ublk create /dev/mapper/bad 64M
+    device=$(qcow2-ublk add --cache none "$@" /dev/mapper/bad)
+    put if=data bs=1M count=8 conv=fsync
+    at=$(host_offset /dev/mapper/bad 0)
+    # The header stays well; the tables behind it do not.
+    broken_from 65536 "$at"
+    put if=data bs=1M count=8 skip=8 seek=8
+    fails sync "$device"
+    fails sync "$device"
+    get bs=1M count=16 | cmp -n $((16 << 20)) - data
+    put if=data bs=1M count=4 seek=24
+    well
+    sync "$device"
+    # What was flushed is there, before any clean end.
+    qemu-img convert -U -f qcow2 -O raw /dev/mapper/bad all
+    qcow2-ublk del "$device"
+    qemu-img check /dev/mapper/bad
+    cmp -n $((16 << 20)) all data
+    cmp -n $((4 << 20)) -i $((24 << 20)):0 all data
     remove_disk
 }
 
@@ -220,8 +253,11 @@ for queues in 1 3; do
     try "bad sectors, $queues queues" bad_sectors --queues "$queues"
 done
 try "a disk that is away for a while" away_for_a_while --queues 2
-try "a failed flush, page cache" failed_flush --cache writeback
-try "a failed flush, direct I/O" failed_flush --cache none --queues 2
+try "a failed sync, page cache" failed_sync --cache writeback
+try "a failed sync, direct I/O" failed_sync --cache none --queues 2
+for queues in 1 2; do
+    try "metadata that cannot be written, $queues queues" failed_metadata --queues "$queues"
+done
 try "a full file system, page cache" full_file_system --cache writeback
 try "a full file system, direct I/O" full_file_system --cache none --queues 2
 try "commands on a disk that fails" commands
