@@ -81,6 +81,9 @@ impl Checker<'_> {
                 let problem = Problem::OutsideFile { part, offset, len };
                 self.found(Severity::Corruption, 1, problem);
             } else if entries > 0 {
+                // Counted as QEMU counts it. But the table is somewhere else: an
+                // L1 table is not in the header's cluster.
+                self.seen.blind |= offset == 0;
                 places.push((offset, len));
             }
         }
