@@ -187,6 +187,10 @@ impl Repairer<'_> {
                 let fixed = checked.fix_entries().await?;
                 self.storage.sync().await?;
                 if fixed == 0 {
+                    // An entry that stays as it is may lead nowhere. The first look
+                    // counted what it seems to be, as QEMU does; this one says whether
+                    // new refcounts would help.
+                    (seen, report) = (checked.seen, checked.report);
                     break;
                 }
                 self.done.corruptions_fixed += fixed;
