@@ -170,7 +170,8 @@ impl Repairer<'_> {
             file_len: self.storage.len().next_multiple_of(512),
             copies: Vec::new(),
         };
-        for round in 0..ROUNDS {
+        let mut rebuilt = false;
+        for _ in 0..ROUNDS {
             if (seen.bitmaps || seen.clash) && self.mend_bitmaps().await? {
                 let again = Checked::look(self.storage, true).await?;
                 (seen, report) = (again.seen, again.report);
@@ -223,7 +224,7 @@ impl Repairer<'_> {
                     break;
                 }
             }
-            if copies.is_empty() && round > 0 {
+            if copies.is_empty() && rebuilt {
                 break;
             }
             let Some(start) = checked.rebuild(&copies).await? else {
@@ -231,6 +232,7 @@ impl Repairer<'_> {
             };
             self.done.corruptions_fixed += report.corruptions.saturating_sub(seen.flags);
             self.done.leaks_fixed += report.leaks;
+            rebuilt = true;
             checked.separate(&moves, start).await?;
             let end = start + copies.len() as u64;
             before.copies.push(start << bits..end << bits);
