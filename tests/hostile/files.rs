@@ -2,14 +2,14 @@
 //! file was left alone is the kernel's word, not ours: it tells of every open.
 
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use qcow2_ublk::chain::{self, Policy};
 use qcow2_ublk::{Disk, ErrorKind};
 
@@ -18,28 +18,21 @@ use super::{bounded, open, options, whole};
 use crate::common::lab::watched;
 
 /// Tells whether a file was opened.
-struct Watch(OwnedFd);
+struct Watch(Inotify);
 
 impl Watch {
     fn new(path: &Path) -> Self {
-        // SAFETY: no memory is shared; the result is checked.
-        let fd = unsafe { libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC) };
-        assert!(fd >= 0, "{}", io::Error::last_os_error());
-        // SAFETY: it was just made, and nobody else has it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
-        // SAFETY: `name` ends with a NUL and outlives the call.
-        let watch =
-            unsafe { libc::inotify_add_watch(fd.as_raw_fd(), name.as_ptr(), libc::IN_OPEN) };
-        assert!(watch >= 0, "{}", io::Error::last_os_error());
-        Self(fd)
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).unwrap();
+        inotify.add_watch(path, AddWatchFlags::IN_OPEN).unwrap();
+        Self(inotify)
     }
 
     fn was_opened(&self) -> bool {
-        let mut event = [0_u8; 4096];
-        // SAFETY: the buffer is as long as said.
-        let n = unsafe { libc::read(self.0.as_raw_fd(), event.as_mut_ptr().cast(), 4096) };
-        n > 0
+        match self.0.read_events() {
+            Ok(events) => !events.is_empty(),
+            Err(Errno::EAGAIN) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

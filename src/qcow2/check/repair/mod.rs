@@ -170,15 +170,15 @@ impl Repairer<'_> {
             file_len: self.storage.len().next_multiple_of(512),
             copies: Vec::new(),
         };
-        let mut rebuilt = false;
         for _ in 0..ROUNDS {
+            let rebuilt = !before.copies.is_empty();
             if (seen.bitmaps || seen.clash) && self.mend_bitmaps().await? {
                 let again = Checked::look(self.storage, true).await?;
                 (seen, report) = (again.seen, again.report);
             }
             // Entries that led behind the end may lead to a copy by now; and those
             // that are put right may have been what kept others from it.
-            let mut again = seen.entries || !before.copies.is_empty();
+            let mut again = seen.entries || rebuilt;
             for _ in 0..ROUNDS {
                 if !again {
                     break;
@@ -232,7 +232,6 @@ impl Repairer<'_> {
             };
             self.done.corruptions_fixed += report.corruptions.saturating_sub(seen.flags);
             self.done.leaks_fixed += report.leaks;
-            rebuilt = true;
             checked.separate(&moves, start).await?;
             let end = start + copies.len() as u64;
             before.copies.push(start << bits..end << bits);
@@ -323,7 +322,8 @@ impl Repairer<'_> {
 #[derive(Clone, Default)]
 struct Before {
     file_len: u64,
-    /// Bytes that were put there for entries.
+    /// Bytes that were put there for entries, each time refcounts were built anew:
+    /// there may have been no entries.
     copies: Vec<std::ops::Range<u64>>,
 }
 
